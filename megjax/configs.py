@@ -1,0 +1,76 @@
+"""Reading frozen configuration dataclasses from dictionaries and JSON, strictly."""
+
+import dataclasses
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(_freeze(item) for item in value) if isinstance(value, list) else value
+
+
+def require(condition: bool, name: str, value: Any, allowed: str) -> None:
+    """Raise a `ValueError` that names the setting, its value and what is allowed, unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+
+
+def from_mapping(
+    cls: type[Config],
+    values: Mapping[str, Any],
+    *,
+    only: Mapping[str, Any] | None = None,
+    ignored: Collection[str] = (),
+    source: str = "config",
+) -> Config:
+    """Build the dataclass `cls` from `values`, refusing whatever it cannot honour.
+
+    `only` maps keys that `cls` does not model to the one value under which they change nothing; `ignored` names keys
+    that never change the computation. Keys that begin with an underscore are a writer's notes. Lists become tuples.
+
+    Raises ValueError on an unknown key, or on a key of `only` with another value.
+    """
+    only = only or {}
+    fields = {field.name for field in dataclasses.fields(cls) if field.init}
+    known = {}
+    for key, value in values.items():
+        if key in fields:
+            known[key] = _freeze(value)
+        elif key in only:
+            allowed = only[key]
+            require(_freeze(value) == allowed, f"{source}: {key}", value, f"{allowed!r} (nothing else is supported)")
+        elif not key.startswith("_") and key not in ignored:
+            raise ValueError(f"{source}: unknown setting {key!r} = {value!r}")
+    try:
+        return cls(**known)
+    except TypeError as error:
+        missing = [
+            f.name
+            for f in dataclasses.fields(cls)
+            if f.init and f.name not in known and f.default is f.default_factory is dataclasses.MISSING
+        ]
+        raise ValueError(f"{source}: missing {', '.join(missing)}" if missing else f"{source}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`; ValueError naming the file when it is absent or not a JSON object."""
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a JSON {type(values).__name__}; it must be an object")
+    return values
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write `values` as indented JSON with sorted keys, replacing `path` in one step."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    part.replace(path)

@@ -1,0 +1,1 @@
+"""Data sets: procedural captioned scenes and latent caches."""

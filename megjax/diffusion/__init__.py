@@ -1,0 +1,1 @@
+"""Latent diffusion in JAX: text encoder, U-Net, autoencoder, schedules, samplers and the pipeline."""

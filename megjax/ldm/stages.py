@@ -1,0 +1,98 @@
+"""Losses of the training stages; each draws its own batch, so that a step is a function of parameters and key."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from megjax.data import scenes
+from megjax.diffusion.vae import AutoencoderKL
+from megjax.metrics import scenenet
+
+KL_WEIGHT = 3e-5
+"""Weight of the posterior's KL divergence per latent number (nats), against the mean squared error of pixels in [-1, 1]:
+small, as in Rombach et al. (2022), so that the latents stay informative yet near unit scale."""
+CAPTION_DROPOUT = 0.1
+"""Share of captions replaced by the empty one, which teaches the unconditional model (Ho and Salimans 2022)."""
+
+
+def draw_scenes(
+    key: Key[Array, ""], batch: int, image_size: int, split: str = "train"
+) -> tuple[scenes.Scene, Float[Array, "b s s 3"]]:
+    """A batch of scenes and their pictures in [0, 1]."""
+    scene_key, render_key = jax.random.split(key)
+    drawn = jax.vmap(lambda k: scenes.sample_scene(k, split))(jax.random.split(scene_key, batch))
+    render = jax.vmap(lambda k, scene: scenes.render(k, scene, image_size))
+    return drawn, render(jax.random.split(render_key, batch), drawn)
+
+
+def vae_loss(graph: nnx.GraphDef, batch: int, image_size: int) -> Callable:
+    """Reconstruction error plus a weak KL divergence to the unit Gaussian (Kingma and Welling 2014, eq. 7 and 10)."""
+
+    def loss_fn(params, data, key):
+        del data
+        draw_key, noise_key = jax.random.split(key)
+        _, images = draw_scenes(draw_key, batch, image_size)
+        images = 2.0 * images - 1.0
+        vae: AutoencoderKL = nnx.merge(graph, params)
+        mean, log_variance = vae.encode(images)
+        noise = jax.random.normal(noise_key, mean.shape)
+        decoded = vae.decode(mean + jnp.exp(0.5 * log_variance) * noise)
+        error = jnp.mean(jnp.square(decoded - images))
+        divergence = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance)
+        return error + KL_WEIGHT * divergence, {"mse": error, "kl": divergence}
+
+    return loss_fn
+
+
+def scenenet_loss(graph: nnx.GraphDef, batch: int, image_size: int) -> Callable:
+    """Cross-entropy of the attributes of real renders, slightly noised so that generated images are not foreign."""
+
+    def loss_fn(params, data, key):
+        del data
+        draw_key, level_key, noise_key = jax.random.split(key, 3)
+        drawn, images = draw_scenes(draw_key, batch, image_size)
+        level = jax.random.uniform(level_key, (batch, 1, 1, 1), maxval=0.1)
+        noisy = images + level * jax.random.normal(noise_key, images.shape)
+        labels = jax.vmap(scenes.labels)(drawn)
+        mask = scenenet.slot_mask(labels)
+        _, logits = nnx.merge(graph, params)(noisy)
+        right = (scenenet.labels_from_logits(logits) == labels) & mask
+        return scenenet.loss(logits, labels, mask), {"accuracy": right.sum() / mask.sum()}
+
+    return loss_fn
+
+
+def unet_loss(
+    graphs: tuple[nnx.GraphDef, nnx.GraphDef],
+    alphas_cumprod: Float[Array, " t"],
+    scaling_factor: float,
+    batch: int,
+    empty_ids: Int[Array, " l"],
+) -> Callable:
+    """Mean squared error of the velocity (Salimans and Ho 2022, section 4) of noised latents, text encoder included.
+
+    `data` holds the posterior `mean` and `log_variance` [n h w c] of each training image and the `ids` [n p l] of its
+    captions; a step draws images, captions, posterior samples, timesteps and noise.
+    """
+
+    def loss_fn(params, data, key):
+        keys = jax.random.split(key, 6)
+        count, phrasings = data["ids"].shape[:2]
+        rows = jax.random.randint(keys[0], (batch,), 0, count)
+        ids = data["ids"][rows, jax.random.randint(keys[1], (batch,), 0, phrasings)].astype(jnp.int32)
+        dropped = jax.random.bernoulli(keys[2], CAPTION_DROPOUT, (batch, 1))
+        ids = jnp.where(dropped, empty_ids[None], ids)
+        mean, log_variance = data["mean"][rows], data["log_variance"][rows]
+        clean = scaling_factor * (mean + jnp.exp(0.5 * log_variance) * jax.random.normal(keys[3], mean.shape))
+        timesteps = jax.random.randint(keys[4], (batch,), 0, alphas_cumprod.shape[0])
+        noise = jax.random.normal(keys[5], clean.shape)
+        signal = jnp.sqrt(alphas_cumprod[timesteps])[:, None, None, None]
+        spread = jnp.sqrt(1.0 - alphas_cumprod[timesteps])[:, None, None, None]
+        text_encoder, unet = (nnx.merge(g, p) for g, p in zip(graphs, params, strict=True))
+        velocity = unet(signal * clean + spread * noise, timesteps, text_encoder(ids))
+        return jnp.mean(jnp.square(velocity - (signal * noise - spread * clean))), {}
+
+    return loss_fn

@@ -1,0 +1,16 @@
+"""Quality of received images: PSNR, SSIM, Frechet distances, caption accuracy by SceneNet, bootstrap intervals."""
+
+from megjax.metrics.bootstrap import bootstrap_interval
+from megjax.metrics.frechet import feature_statistics, frechet_distance
+from megjax.metrics.image import psnr, ssim
+from megjax.metrics.scenenet import SceneNet, SceneNetConfig
+
+__all__ = [
+    "SceneNet",
+    "SceneNetConfig",
+    "bootstrap_interval",
+    "feature_statistics",
+    "frechet_distance",
+    "psnr",
+    "ssim",
+]

@@ -1,0 +1,28 @@
+"""Bootstrap confidence interval of a mean over images."""
+
+import numpy as np
+from jaxtyping import ArrayLike
+
+
+def bootstrap_interval(
+    values: ArrayLike, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval (low, high) of the mean of `values`, resampling its first axis (images) with replacement.
+
+    `values` [n] holds one number per image, or [n m] one per (image, realisation): a resampled image brings all its
+    realisations, so the interval speaks of new images. B. Efron and R. J. Tibshirani, "An Introduction to the
+    Bootstrap", 1993, chapter 13. Raises ValueError for no values, or options out of range.
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim < 1 or values.size == 0:
+        raise ValueError(f"values has shape {values.shape}; it needs one image or more")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}; it must be strictly between 0 and 1")
+    if num_resamples < 1:
+        raise ValueError(f"num_resamples is {num_resamples}; it must be 1 or more")
+    per_image = values.reshape(values.shape[0], -1).mean(axis=1)
+    rng = np.random.default_rng(seed)
+    # How often each image is drawn is multinomial, so a resample's mean is a weighted mean.
+    counts = rng.multinomial(per_image.size, np.full(per_image.size, 1 / per_image.size), size=num_resamples)
+    low, high = np.quantile(counts @ per_image / per_image.size, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

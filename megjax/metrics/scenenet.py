@@ -1,0 +1,209 @@
+"""SceneNet: a small classifier of a rendered scene's attributes, whose hidden layer also serves as image features."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+NUM_SCENE_ATTRIBUTES = 3  # time, sky, ground; then (kind, colour, size) of each place, kind 0 meaning "nothing here"
+ATTRIBUTES_PER_SLOT = 3
+WEIGHTS_NAME = "model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneNetConfig:
+    """Shape of a SceneNet.
+
+    `num_classes` lists the classes of every attribute: time, sky, ground, then kind (with "none" as class 0), colour
+    and size of the left, centre and right places. `image_size` is the side in pixels and must be a multiple of 16.
+    """
+
+    image_size: int = 64
+    widths: tuple[int, int, int, int] = (24, 48, 96, 128)
+    num_classes: tuple[int, ...] = (4, 3, 4, 7, 7, 2, 7, 7, 2, 7, 7, 2)
+    feature_dim: int = 128
+    num_groups: int = 8
+
+    def __post_init__(self):
+        if self.image_size < 16 or self.image_size % 16:
+            raise ValueError(f"image_size is {self.image_size}; it must be a positive multiple of 16")
+        if len(self.widths) != 4 or any(width < 1 or width % self.num_groups for width in self.widths):
+            raise ValueError(f"widths is {self.widths}; it must be four multiples of num_groups={self.num_groups}")
+        slots = len(self.num_classes) - NUM_SCENE_ATTRIBUTES
+        if slots < 0 or slots % ATTRIBUTES_PER_SLOT or min(self.num_classes) < 2:
+            raise ValueError(
+                f"num_classes is {self.num_classes}; it must be {NUM_SCENE_ATTRIBUTES} scene attributes followed by "
+                f"{ATTRIBUTES_PER_SLOT} per place, each with two classes or more"
+            )
+
+    @property
+    def num_attributes(self) -> int:
+        return len(self.num_classes)
+
+
+class ConvBlock(nnx.Module):
+    """Convolution, group normalisation, SiLU; adds its input to its output when `residual`."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, stride: int, groups: int, residual: bool, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(inputs, outputs, (size, size), strides=stride, padding="SAME", rngs=rngs)
+        self.norm = nnx.GroupNorm(outputs, num_groups=groups, rngs=rngs)
+        self.residual = residual
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        y = nnx.silu(self.norm(self.conv(x)))
+        return x + y if self.residual else y
+
+
+class SceneNet(nnx.Module):
+    """Classifier of the twelve attributes of a scene; images in [0, 1], channels last.
+
+    Three stride-2 convolutions reach 1/8 of the image, a residual and a widening one work there, and the map is
+    averaged to 1/16 and flattened, so that the dense layer still sees where an object stands.
+    """
+
+    def __init__(self, config: SceneNetConfig, rngs: nnx.Rngs):
+        w, groups = config.widths, config.num_groups
+        self.config = config
+        self.blocks = nnx.List(
+            [
+                ConvBlock(3, w[0], 5, 2, groups, False, rngs),
+                ConvBlock(w[0], w[1], 3, 2, groups, False, rngs),
+                ConvBlock(w[1], w[2], 3, 2, groups, False, rngs),
+                ConvBlock(w[2], w[2], 3, 1, groups, True, rngs),
+                ConvBlock(w[2], w[3], 3, 1, groups, False, rngs),
+            ]
+        )
+        self.dense = nnx.Linear((config.image_size // 16) ** 2 * w[3], config.feature_dim, rngs=rngs)
+        self.head = nnx.Linear(config.feature_dim, sum(config.num_classes), rngs=rngs)
+
+    def features(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b f"]:
+        """Features for Frechet distances: the last hidden layer before its activation."""
+        size = self.config.image_size
+        if images.shape[1:] != (size, size, 3):
+            raise ValueError(f"images has shape {images.shape}; this SceneNet takes [b {size} {size} 3]")
+        x = 2 * images - 1
+        for block in self.blocks:
+            x = block(x)
+        x = nnx.avg_pool(x, (2, 2), strides=(2, 2))
+        return self.dense(x.reshape(x.shape[0], -1))
+
+    def __call__(self, images: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b f"], tuple[Float[Array, "b n"], ...]]:
+        """Features [b f] and one array of logits [b classes] per attribute."""
+        features = self.features(images)
+        ends = np.cumsum(self.config.num_classes)[:-1].tolist()
+        return features, tuple(jnp.split(self.head(nnx.silu(features)), ends, axis=-1))
+
+    def save(self, folder: str | Path, dtype: str = "float32") -> None:
+        """Writes config.json and model.safetensors to `folder`, weights stored as `dtype` ("float16" or "float32")."""
+        if dtype not in ("float16", "float32"):
+            raise ValueError(f'dtype is {dtype!r}; it must be "float16" or "float32"')
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: np.asarray(value, dtype) for name, value in _named_parameters(self).items()}
+        save_file(tensors, folder / WEIGHTS_NAME)
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "SceneNet":
+        """Reads what `save` wrote; parameters are float32. Raises ValueError listing every mismatch at once."""
+        folder = Path(folder)
+        config = _read_config(folder / "config.json")
+        model = nnx.eval_shape(lambda: cls(config, nnx.Rngs(0)))
+        tensors = _read_tensors(folder / WEIGHTS_NAME)
+        expected = _named_parameters(model)
+        problems = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
+        problems += [f"extra {name}" for name in sorted(tensors.keys() - expected.keys())]
+        problems += [
+            f"{name} has shape {tensors[name].shape}, expected {expected[name].shape}"
+            for name in sorted(expected.keys() & tensors.keys())
+            if tensors[name].shape != expected[name].shape
+        ]
+        if problems:
+            raise ValueError(f"{folder / WEIGHTS_NAME} does not fit its config.json: " + "; ".join(problems))
+        state = nnx.state(model, nnx.Param)
+        flat = [
+            (path, leaf.replace(jnp.asarray(tensors[_join(path)], jnp.float32)))
+            for path, leaf in nnx.to_flat_state(state)
+        ]
+        nnx.update(model, nnx.from_flat_state(flat))
+        return model
+
+
+def _join(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def _named_parameters(model: SceneNet) -> dict:
+    return {_join(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def _read_config(path: Path) -> SceneNetConfig:
+    try:
+        values = json.loads(path.read_text())
+        return SceneNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except (OSError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a SceneNet configuration: {error}") from error
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def slot_mask(labels: Int[Array, "b a"]) -> Bool[Array, "b a"]:
+    """Which attributes exist: all but the colour and size of a place whose kind is 0 (nothing there)."""
+    scene = jnp.ones((labels.shape[0], NUM_SCENE_ATTRIBUTES), bool)
+    occupied = labels[:, NUM_SCENE_ATTRIBUTES::ATTRIBUTES_PER_SLOT] > 0
+    slots = jnp.stack([jnp.ones_like(occupied), occupied, occupied], axis=-1)
+    return jnp.concatenate([scene, slots.reshape(labels.shape[0], -1)], axis=-1)
+
+
+def loss(
+    logits: tuple[Float[Array, "b _"], ...], labels: Int[Array, "b a"], mask: Bool[Array, "b a"]
+) -> Float[Array, ""]:
+    """Mean cross-entropy in nats over the attributes that `mask` (see `slot_mask`) keeps, each weighing the same."""
+    labels = jnp.where(mask, labels, 0)
+    losses = [
+        -jnp.take_along_axis(jax.nn.log_softmax(scores), labels[:, i, None], axis=-1)[:, 0]
+        for i, scores in enumerate(logits)
+    ]
+    return jnp.sum(jnp.stack(losses, axis=-1) * mask) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def labels_from_logits(logits: tuple[Float[Array, "b _"], ...]) -> Int[Array, "b a"]:
+    """Most likely class of every attribute; colour and size are -1 (never right) where the place is seen as empty."""
+    labels = jnp.stack([jnp.argmax(scores, axis=-1) for scores in logits], axis=-1).astype(jnp.int32)
+    return jnp.where(slot_mask(labels), labels, -1)
+
+
+def predict(model: SceneNet, images: Float[Array, "b h w 3"]) -> Int[Array, "b a"]:
+    """Attributes of `images` as `labels_from_logits` gives them, int32."""
+    return labels_from_logits(model(images)[1])
+
+
+def attribute_accuracy(
+    predicted: Int[Array, "b a"], labels: Int[Array, "b a"], mask: Bool[Array, "b a"]
+) -> Float[Array, " a"]:
+    """Fraction of right answers for each attribute over the images where `mask` keeps it (nan where it keeps none)."""
+    return jnp.sum((predicted == labels) & mask, axis=0) / jnp.sum(mask, axis=0)
+
+
+def caption_accuracy(
+    predicted: Int[Array, "b a"], labels: Int[Array, "b a"], mentioned: Bool[Array, "b a"]
+) -> tuple[Float[Array, " b"], Int[Array, ""], Int[Array, ""]]:
+    """Agreement of images with their captions.
+
+    Returns the fraction of mentioned attributes that are right in each image [b] (nan where the caption mentions none),
+    the total number right and the total number mentioned; right / mentioned is the caption accuracy of the set.
+    """
+    right = (predicted == labels) & mentioned
+    return jnp.sum(right, axis=1) / jnp.sum(mentioned, axis=1), jnp.sum(right), jnp.sum(mentioned)

@@ -1,0 +1,34 @@
+"""Conversions between decibels and linear power ratios; the library's only logarithms to base 10 are here."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+
+def db_to_linear(value_db: ArrayLike) -> Float[Array, "*s"]:
+    """Power ratio 10^(value_db / 10), elementwise."""
+    return jnp.power(10.0, jnp.asarray(value_db, jnp.float32) / 10)
+
+
+def linear_to_db(value: ArrayLike) -> Float[Array, "*s"]:
+    """10 log10(value) in dB, elementwise; 0 gives -inf."""
+    return 10 * jnp.log10(jnp.asarray(value, jnp.float32))
+
+
+def noise_var_from_snr_db(snr_db: ArrayLike) -> Float[Array, "*s"]:
+    """Absolute noise variance per complex symbol, sigma^2 = 10^(-snr_db / 10): `snr_db` always means 1 / sigma^2."""
+    return db_to_linear(-jnp.asarray(snr_db, jnp.float32))
+
+
+def check_snr_db(snr_db) -> np.ndarray:
+    """`snr_db` (a number, a numeric string, or a nested list or array of them) as a float64 NumPy array.
+
+    For use outside jit. Raises ValueError when any entry is not a finite number.
+    """
+    try:
+        values = np.asarray(snr_db, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"snr_db is {snr_db!r}; it must be a finite number in dB") from None
+    if not np.all(np.isfinite(values)):
+        raise ValueError(f"snr_db is {snr_db!r}; every value must be a finite number in dB")
+    return values

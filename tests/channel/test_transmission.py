@@ -1,0 +1,118 @@
+"""Tests of transmission and LMMSE equalisation against closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from megjax import units
+from megjax.channel import RayleighFading, equalize_lmmse, post_equalisation_snr, transmit
+
+NUM_SYMBOLS = 20_000
+FOUR_SIGMA = 4.0
+GAINS = jnp.array([1.0, 0.3 - 0.8j, 0.1j], jnp.complex64)
+POWER = jnp.array([1.0, 1.7, 0.3])
+
+
+def random_symbols(seed, shape):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.complex64)
+
+
+def mean_and_error(samples):
+    samples = np.asarray(samples, np.float64)
+    return samples.mean(axis=-1), samples.std(axis=-1, ddof=1) / np.sqrt(samples.shape[-1])
+
+
+def test_noise_is_absolute_and_circular():
+    noise_var = 0.25
+    symbols = random_symbols(0, (3, NUM_SYMBOLS))
+    received = transmit(jax.random.key(1), symbols, GAINS, POWER, noise_var)
+    assert received.shape == symbols.shape and received.dtype == jnp.complex64
+    noise = np.asarray(received - (jnp.sqrt(POWER) * GAINS)[:, None] * symbols)
+    for samples, expected in ((np.abs(noise) ** 2, noise_var), (noise.real, 0.0), (noise.real * noise.imag, 0.0)):
+        mean, error = mean_and_error(samples)
+        assert np.all(np.abs(mean - expected) <= FOUR_SIGMA * error)
+
+
+def test_received_power_follows_transmit_power_and_gain():
+    received = transmit(jax.random.key(2), random_symbols(3, (3, NUM_SYMBOLS)), GAINS, POWER, 0.1)
+    mean, error = mean_and_error(np.abs(np.asarray(received)) ** 2)
+    expected = np.asarray(POWER) * np.abs(np.asarray(GAINS)) ** 2 + 0.1
+    assert np.all(np.abs(mean - expected) <= FOUR_SIGMA * error)
+
+
+def test_twice_the_power_is_3_db_more():
+    def measured_snr(power):
+        symbols = random_symbols(4, (3, NUM_SYMBOLS))
+        received = transmit(jax.random.key(5), symbols, GAINS, power, 0.5)
+        clean = (jnp.sqrt(power) * GAINS)[:, None] * symbols
+        return jnp.mean(jnp.abs(clean) ** 2, axis=1) / jnp.mean(jnp.abs(received - clean) ** 2, axis=1)
+
+    # Same symbols and noise in both: the ratio is exact up to rounding (float32 cancellation in received - clean).
+    gain_db = units.linear_to_db(measured_snr(2 * POWER) / measured_snr(POWER))
+    np.testing.assert_allclose(gain_db, 10 * np.log10(2), atol=1e-3)
+    once_db, twice_db = (units.linear_to_db(post_equalisation_snr(GAINS, p, 0.5)) for p in (POWER, 2 * POWER))
+    np.testing.assert_allclose(twice_db - once_db, 10 * np.log10(2), atol=1e-4)
+
+
+@pytest.mark.parametrize("snr_db", [-10.0, 0.0, 12.0])
+def test_lmmse_error_variance(snr_db):
+    noise_var = units.noise_var_from_snr_db(snr_db)
+    symbols = random_symbols(6, (3, NUM_SYMBOLS))
+    received = transmit(jax.random.key(7), symbols, GAINS, POWER, noise_var)
+    estimate = equalize_lmmse(received, GAINS, POWER, noise_var)
+    mean, error = mean_and_error(np.abs(np.asarray(estimate - symbols)) ** 2)
+    expected = 1 / (1 + np.asarray(post_equalisation_snr(GAINS, POWER, noise_var)))
+    assert np.all(np.abs(mean - expected) <= FOUR_SIGMA * error)
+    # Orthogonality of error and observation characterises the LMMSE estimate.
+    mean, error = mean_and_error(((estimate - symbols) * received.conj()).real)
+    assert np.all(np.abs(mean) <= FOUR_SIGMA * error)
+
+
+def test_hand_computed_value():
+    # sqrt(4) conj(1j) (2 + 2j) / (4 + 1) = 2 (-1j) (2 + 2j) / 5 = (4 - 4j) / 5
+    estimate = equalize_lmmse(jnp.array([[2 + 2j]]), jnp.array([1j]), jnp.array([4.0]), 1.0)
+    np.testing.assert_allclose(estimate, [[0.8 - 0.8j]], rtol=1e-6)
+    np.testing.assert_allclose(post_equalisation_snr(jnp.array([1j]), jnp.array([4.0]), 0.5), [8.0])
+
+
+def test_vmap_and_jit_agree_with_the_loop():
+    def link(key, noise_var):
+        fading_key, noise_key, symbol_key = jax.random.split(key, 3)
+        gains = RayleighFading().sample(fading_key, 3)
+        symbols = jax.random.normal(symbol_key, (3, 5), jnp.complex64)
+        return equalize_lmmse(transmit(noise_key, symbols, gains, POWER, noise_var), gains, POWER, noise_var)
+
+    noise_vars = jnp.array([0.1, 1.0, 10.0])
+    mapped = jax.jit(jax.vmap(link))(jax.random.split(jax.random.key(8), 3), noise_vars)
+    loop = [link(key, var) for key, var in zip(jax.random.split(jax.random.key(8), 3), noise_vars, strict=True)]
+    np.testing.assert_allclose(mapped, np.stack(loop), rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_finite_and_nonzero():
+    symbols = random_symbols(9, (3, 8))
+
+    def error(power, scale, noise_var):
+        received = transmit(jax.random.key(10), scale * symbols, GAINS, power, noise_var)
+        return jnp.mean(jnp.abs(equalize_lmmse(received, GAINS, power, noise_var) - symbols) ** 2)
+
+    for gradient in jax.grad(error, argnums=(0, 1, 2))(POWER, 1.0, 0.3):
+        assert np.all(np.isfinite(gradient)) and np.all(np.asarray(gradient) != 0)
+
+
+def test_silent_block_gives_zeros_and_finite_gradients():
+    power = jnp.array([1.0, 0.0, 2.0])
+    symbols = random_symbols(11, (3, 8))
+
+    def received_energy(power):
+        received = transmit(jax.random.key(12), symbols, GAINS, power, 0.3)
+        return jnp.sum(jnp.abs(equalize_lmmse(received, GAINS, power, 0.3)) ** 2)
+
+    estimate = equalize_lmmse(symbols, GAINS, power, 0.3)
+    np.testing.assert_array_equal(estimate[1], np.zeros(8))
+    assert np.all(np.isfinite(jax.grad(received_energy)(power)))
+
+
+def test_mismatched_shapes_are_rejected():
+    with pytest.raises(Exception, match="gains|dimension"):
+        transmit(jax.random.key(0), random_symbols(13, (4, 2)), GAINS, POWER, 1.0)

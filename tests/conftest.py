@@ -1,0 +1,31 @@
+"""Strict checks for every test: rank promotion, key reuse and array shapes; slow tests only with --runslow."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+from jaxtyping import install_import_hook
+
+# Held for the whole session: modules of megjax imported from here on check their jaxtyping annotations when called.
+SHAPE_CHECKS = install_import_hook("megjax", "beartype.beartype")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--runslow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; runs only with --runslow")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    if hasattr(jax.config, "jax_debug_key_reuse"):  # experimental: not promised by every JAX
+        jax.config.update("jax_debug_key_reuse", True)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--runslow"):
+        return
+    slow = [item for item in items if "slow" in item.keywords]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if "slow" not in item.keywords]
