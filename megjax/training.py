@@ -71,8 +71,9 @@ class FitState:
 
 
 def init_state(config: FitConfig, params: PyTree) -> FitState:
-    """The state before the first step."""
-    return FitState(jnp.zeros((), jnp.int32), params, params, config.optimizer.init(params))
+    """The state before the first step, in buffers of its own, since `make_chunk` donates them."""
+    params, ema = (jax.tree.map(jnp.copy, params) for _ in range(2))
+    return FitState(jnp.zeros((), jnp.int32), params, ema, config.optimizer.init(params))
 
 
 def make_step(config: FitConfig, loss_fn: LossFn) -> Callable[[FitState, PyTree, Key[Array, ""]], tuple]:

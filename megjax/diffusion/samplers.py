@@ -289,6 +289,12 @@ def _plms_step(sampler: Sampler, state: SolverState, output: Array, i: Any, x: A
     return result, SolverState(history=jnp.concatenate([outputs, x[None]]), count=count)
 
 
+def _draw(key: Array, i: Any, shape: tuple[int, ...]) -> Array:
+    if key.ndim == 0:
+        return jax.random.normal(jax.random.fold_in(key, i), shape)
+    return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), shape[1:]))(key)
+
+
 def denoise(
     model_fn: Callable[[Float[Array, "b *d"], Shaped[Array, ""]], Float[Array, "b *d"]],
     sampler: Sampler,
@@ -297,7 +303,7 @@ def denoise(
     start: int = 0,
     stop: int | None = None,
     state: SolverState | None = None,
-    key: Key[Array, ""] | None = None,
+    key: Key[Array, "*b"] | None = None,
     noise: Float[Array, "n b *d"] | None = None,
 ) -> tuple[Float[Array, "b *d"], SolverState]:
     """Runs steps `start` to `stop` (all that remain if None) by `lax.scan`.
@@ -306,7 +312,8 @@ def denoise(
       model_fn: (scaled input, timestep) -> model output; guidance is its business.
       x: input of step `start` in the sampler's own space (`scale_initial` at step 0, `from_vp` elsewhere).
       state: what an earlier call returned, to go on exactly where it stopped; None restarts the solver at `start`.
-      key: for stochastic samplers; step i draws with `fold_in(key, i)`, so that a split run draws the same noise.
+      key: for stochastic samplers, one for the batch or one for each of its elements [b]; step i draws with
+        `fold_in(key, i)`, so that a split run draws the same noise.
       noise: in place of `key`, the unit-variance noise of all `num_steps` steps. Deterministic samplers read neither.
 
     Returns:
@@ -334,7 +341,7 @@ def denoise(
         output = model_fn(scale_input(sampler, x, i), jnp.asarray(sampler.timesteps)[i])
         draw = None
         if sampler.stochastic:
-            draw = jax.random.normal(jax.random.fold_in(key, i), x.shape) if noise is None else jnp.asarray(noise)[i]
+            draw = _draw(key, i, x.shape) if noise is None else jnp.asarray(noise)[i]
         return step(sampler, state, output, i, x, draw), None
 
     carry, _ = jax.lax.scan(body, (jnp.asarray(x, jnp.float32), state), jnp.arange(start, stop))

@@ -1,0 +1,158 @@
+"""Diffusers-layout weights on disk to and from NNX parameters, strictly: a walk over the tree plus kernel transposes."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from megjax.configs import read_json, require
+
+UNET_WEIGHTS = "diffusion_pytorch_model"
+TEXT_WEIGHTS = "model"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+# Attention names of VAE checkpoints written before diffusers 0.17.
+LEGACY_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def vae_name(name: str) -> str:
+    """The present name of a VAE tensor."""
+    if ".attentions." in name:
+        for old, new in LEGACY_ATTENTION.items():
+            name = name.replace(old, new)
+    return name
+
+
+def text_name(name: str) -> str | None:
+    """The name of a text-encoder tensor in this port; None for the table of positions, which is not a parameter."""
+    name = name.removeprefix("text_model.")
+    return None if name == "embeddings.position_ids" else name
+
+
+def weight_files(folder: Path, stem: str, variant: str | None = None) -> list[Path]:
+    """The safetensors files of one model: single or sharded, of `variant` (None: full precision, else fp16).
+
+    Raises ValueError if there are none, if a shard is missing, or if there are only pickles.
+    """
+    require(folder.is_dir(), "model folder", str(folder), "an existing folder")
+    for tag in (variant,) if variant else (None, "fp16"):
+        dotted = f".{tag}" if tag else ""
+        single = folder / f"{stem}{dotted}.safetensors"
+        if single.is_file():
+            return [single]
+        for index in (
+            folder / f"{stem}.safetensors.index{dotted}.json",
+            folder / f"{stem}{dotted}.safetensors.index.json",
+        ):
+            if index.is_file():
+                names = sorted(set(read_json(index).get("weight_map", {}).values()))
+                absent = [name for name in names if not (folder / name).is_file()]
+                require(bool(names) and not absent, f"{index}: shards", absent or names, "files beside the index")
+                return [folder / name for name in names]
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise ValueError(
+            f"{folder} holds only pickled weights ({', '.join(pickles)}), which are refused because loading one can run "
+            "any code; convert them where you trust them, with diffusers: "
+            "StableDiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True)"
+        )
+    wanted = f"{stem}{'.' + variant if variant else ''}.safetensors"
+    raise ValueError(f"{folder} holds no {wanted}, nor an index of its shards")
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of one safetensors file, one at a time; ValueError naming the file if it is damaged."""
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file (truncated or corrupted): {error}") from None
+
+
+def _torch_name(path: tuple) -> str:
+    return ".".join([*map(str, path[:-1]), LEAF_NAMES[path[-1]]])
+
+
+def _to_jax(path: tuple, value: np.ndarray) -> np.ndarray:
+    if path[-1] == "kernel":
+        return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+    return value
+
+
+def _to_torch(path: tuple, value: np.ndarray) -> np.ndarray:
+    if path[-1] == "kernel":
+        return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+    return value
+
+
+def _torch_shape(path: tuple, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if path[-1] == "kernel":
+        return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
+    return shape
+
+
+def load_params(
+    make_model: Callable[[], nnx.Module],
+    files: list[Path],
+    *,
+    rename: Callable[[str], str | None] = lambda name: name,
+    param_dtype=jnp.float32,
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """Graph and parameters of the model that `make_model` builds, its weights read from `files`.
+
+    The model is only traced, so no random weights are drawn. Raises ValueError listing every missing, extra and
+    mis-shaped tensor at once, or naming a damaged file.
+    """
+    graph, abstract = nnx.split(nnx.eval_shape(make_model))
+    wanted = {_torch_name(path): (path, leaf) for path, leaf in nnx.to_flat_state(abstract)}
+    found, problems = {}, []
+    for file in files:
+        for stored, tensor in read_tensors(file):
+            name = rename(stored)
+            if name is None:
+                continue
+            if name not in wanted:
+                problems.append(f"extra {stored}")
+                continue
+            path, leaf = wanted[name]
+            expected = _torch_shape(path, leaf.shape)
+            if ".attentions.0." in name and tensor.shape == (*expected, 1, 1) and rename is vae_name:
+                tensor = tensor[:, :, 0, 0]  # the oldest VAE checkpoints hold attention as 1x1 convolutions
+            if tensor.shape != expected:
+                problems.append(f"{stored} has shape {tuple(tensor.shape)}, expected {expected}")
+            found[name] = tensor
+    problems = [f"missing {name}" for name in sorted(wanted.keys() - found.keys())] + sorted(problems)
+    if problems:
+        raise ValueError(f"{files[0].parent} does not fit its config.json: {'; '.join(problems)}")
+    flat = [
+        (path, leaf.replace(jnp.asarray(_to_jax(path, found.pop(name)), param_dtype)))
+        for name, (path, leaf) in wanted.items()
+    ]
+    return graph, nnx.from_flat_state(flat)
+
+
+def save_params(params: nnx.State, path: Path, *, dtype=np.float32, prefix: str = "") -> None:
+    """Write `params` to the safetensors file `path` under their PyTorch names and shapes."""
+    tensors = {
+        prefix + _torch_name(key): np.ascontiguousarray(_to_torch(key, np.asarray(value)).astype(dtype))
+        for key, value in nnx.to_flat_state(jax.device_get(params))
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def write_sharded_index(folder: Path, stem: str) -> None:
+    """Write the index that diffusers keeps beside the shards `stem-*-of-*.safetensors` in `folder`."""
+    weight_map, total = {}, 0
+    for path in sorted(folder.glob(f"{stem}-*.safetensors")):
+        for name, tensor in read_tensors(path):
+            weight_map[name] = path.name
+            total += tensor.nbytes
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
