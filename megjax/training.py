@@ -24,9 +24,10 @@ LossFn = Callable[[PyTree, PyTree, Key[Array, ""]], tuple[Float[Array, ""], dict
 class FitConfig:
     """Optimisation and bookkeeping of one fit.
 
-    The learning rate rises linearly over `warmup_steps` and falls to zero by a cosine at `num_steps`. `ema_decay` is the
-    decay of the parameter average, smaller at first: min(ema_decay, (1 + step) / (10 + step)). `steps_per_dispatch` 0
-    means 1 on CPU and 100 elsewhere: XLA:CPU runs the gradient of a convolution inside a loop tens of times slower.
+    The learning rate rises linearly over `warmup_steps` and falls to zero by a cosine at `num_steps`. `ema_decay` is
+    the decay of the parameter average, smaller at first: min(ema_decay, (1 + step) / (10 + step)).
+    `steps_per_dispatch` 0 means 1 on CPU and 100 elsewhere: XLA:CPU runs the gradient of a convolution inside a loop
+    tens of times slower.
     """
 
     num_steps: int = 10_000

@@ -1,4 +1,4 @@
-"""Diffusers-layout weights on disk to and from NNX parameters, strictly: a walk over the tree plus kernel transposes."""
+"""Diffusers-layout weights to and from NNX parameters, strictly: a walk over the tree plus kernel transposes."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -58,8 +58,8 @@ def weight_files(folder: Path, stem: str, variant: str | None = None) -> list[Pa
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise ValueError(
-            f"{folder} holds only pickled weights ({', '.join(pickles)}), which are refused because loading one can run "
-            "any code; convert them where you trust them, with diffusers: "
+            f"{folder} holds only pickled weights ({', '.join(pickles)}), which are refused because loading "
+            "one can run any code; convert them where you trust them, with diffusers: "
             "StableDiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True)"
         )
     wanted = f"{stem}{'.' + variant if variant else ''}.safetensors"

@@ -63,7 +63,7 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
     flip_sin_to_cos: bool = True
-    freq_shift: float = 0
+    freq_shift: int | float = 0
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
@@ -85,8 +85,9 @@ class UNetConfig:
             require(valid, f"unet: {name}", value, f"{blocks} of {allowed} (one for each of block_out_channels)")
         for name in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim"):
             value = getattr(self, name)
-            valid = isinstance(value, int) or (isinstance(value, tuple) and len(value) == blocks)
-            require(valid, f"unet: {name}", value, f"an integer or a list of {blocks} integers")
+            each = (value,) * blocks if isinstance(value, int) else value
+            valid = isinstance(each, tuple) and len(each) == blocks and all(isinstance(n, int) and n > 0 for n in each)
+            require(valid, f"unet: {name}", value, f"a positive integer or a list of {blocks} of them")
         require(isinstance(self.cross_attention_dim, int), "unet: cross_attention_dim", self.cross_attention_dim, "int")
         for heads, width in zip(self.per_block("attention_head_dim"), self.block_out_channels, strict=True):
             require(width % heads == 0, "unet: attention_head_dim", heads, f"a divisor of the {width} channels")
@@ -108,9 +109,9 @@ class UNetConfig:
 
 
 def timestep_features(
-    timesteps: Shaped[Array, " b"], width: int, *, flip_sin_to_cos: bool, freq_shift: float
+    timesteps: Shaped[Array, " b"], width: int, *, flip_sin_to_cos: bool, freq_shift: int | float
 ) -> Float[Array, "b width"]:
-    """Sinusoids of the timestep at geometric frequencies from 1 to 1/10000 (Vaswani et al. 2017, section 3.5), float32."""
+    """Sinusoids of the timestep at geometric frequencies from 1 to 1/10000 (Vaswani et al. 2017, sec. 3.5), float32."""
     half = width // 2
     frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None]

@@ -3,13 +3,15 @@
 import dataclasses
 
 from megjax.configs import require
+from megjax.diffusion.clip import CLIPTextConfig
 from megjax.diffusion.schedules import SchedulerConfig
+from megjax.diffusion.unet import UNetConfig
 from megjax.diffusion.vae import VAEConfig
 from megjax.metrics.scenenet import SceneNetConfig
 from megjax.training import FitConfig
 
 MAX_TOKENS = 48
-"""Longest prompt in tokens with its two end marks; the longest caption of three objects has 44."""
+"""Longest prompt in tokens with its two end marks; the longest caption has 45."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +30,16 @@ class Recipe:
     """Everything that decides what `train.ldm` computes.
 
     `vae_widths` are channels from the image to the latent (three halvings, as in Stable Diffusion), `unet_widths` those
-    from the latent down; the text encoder has `text_layers` layers of `text_width`.
+    from the latent down, with attention at the lower resolution; the text encoder has `text_layers` layers of
+    `text_width`. The U-Net is trained on the latents of `num_images` pictures.
     """
 
     image_size: int = 64
     vae_widths: tuple[int, ...] = (16, 32, 64, 128)
-    unet_widths: tuple[int, ...] = (96, 192)
-    unet_layers: int = 2
-    unet_heads: int = 4
+    unet_widths: tuple[int, int] = (96, 160)
     text_width: int = 128
-    text_layers: int = 3
-    num_images: int = 65_536
+    text_layers: int = 2
+    num_images: int = 40_000
     vae: StageConfig = StageConfig(
         batch=16, fit=FitConfig(num_steps=4_400, learning_rate=1.5e-3, warmup_steps=100, ema_decay=0.995)
     )
@@ -46,7 +47,7 @@ class Recipe:
         batch=64, fit=FitConfig(num_steps=1_500, learning_rate=2e-3, warmup_steps=100, weight_decay=1e-2, seed=1)
     )
     unet: StageConfig = StageConfig(
-        batch=64, fit=FitConfig(num_steps=7_000, learning_rate=1e-3, warmup_steps=300, ema_decay=0.998, seed=2)
+        batch=32, fit=FitConfig(num_steps=6_500, learning_rate=1e-3, warmup_steps=300, ema_decay=0.998, seed=2)
     )
 
     def __post_init__(self):
@@ -62,6 +63,29 @@ class Recipe:
             block_out_channels=self.vae_widths,
             norm_num_groups=8,
             sample_size=self.image_size,
+        )
+
+    @property
+    def unet_config(self) -> UNetConfig:
+        return UNetConfig(
+            sample_size=self.image_size // self.vae_config.downsample,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=self.unet_widths,
+            layers_per_block=1,
+            norm_num_groups=16,
+            cross_attention_dim=self.text_width,
+            attention_head_dim=4,
+        )
+
+    def text_config(self, vocab_size: int) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=self.text_width,
+            intermediate_size=4 * self.text_width,
+            num_hidden_layers=self.text_layers,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
         )
 
     @property

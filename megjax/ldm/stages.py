@@ -12,7 +12,7 @@ from megjax.diffusion.vae import AutoencoderKL
 from megjax.metrics import scenenet
 
 KL_WEIGHT = 3e-5
-"""Weight of the posterior's KL divergence per latent number (nats), against the mean squared error of pixels in [-1, 1]:
+"""Weight of the posterior's KL divergence per latent number (nats) against the squared error of pixels in [-1, 1]:
 small, as in Rombach et al. (2022), so that the latents stay informative yet near unit scale."""
 CAPTION_DROPOUT = 0.1
 """Share of captions replaced by the empty one, which teaches the unconditional model (Ho and Salimans 2022)."""
@@ -48,12 +48,20 @@ def vae_loss(graph: nnx.GraphDef, batch: int, image_size: int) -> Callable:
 
 
 def scenenet_loss(graph: nnx.GraphDef, batch: int, image_size: int) -> Callable:
-    """Cross-entropy of the attributes of real renders, slightly noised so that generated images are not foreign."""
+    """Cross-entropy of the attributes of real renders, slightly noised so that generated images are not foreign.
+
+    Half of each batch has held-out combinations: the classifier measures, so it must not favour those that the
+    generator was trained on.
+    """
 
     def loss_fn(params, data, key):
         del data
-        draw_key, level_key, noise_key = jax.random.split(key, 3)
-        drawn, images = draw_scenes(draw_key, batch, image_size)
+        train_key, held_out_key, level_key, noise_key = jax.random.split(key, 4)
+        halves = (
+            draw_scenes(train_key, batch - batch // 2, image_size),
+            draw_scenes(held_out_key, batch // 2, image_size, "held_out"),
+        )
+        drawn, images = jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves)
         level = jax.random.uniform(level_key, (batch, 1, 1, 1), maxval=0.1)
         noisy = images + level * jax.random.normal(noise_key, images.shape)
         labels = jax.vmap(scenes.labels)(drawn)

@@ -1,0 +1,147 @@
+"""Text to image as pure functions of parameters: prompt features, guided denoising, image decoding."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
+
+from megjax.configs import require
+from megjax.diffusion import samplers
+from megjax.diffusion.samplers import Sampler, SolverState
+
+Denoiser = Callable[[Float[Array, "b h w c"], Shaped[Array, ""]], Float[Array, "b h w c"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Graphs:
+    """The static halves of the three networks; `params` is the dict of their parameters under the same names."""
+
+    text_encoder: nnx.GraphDef
+    unet: nnx.GraphDef
+    vae: nnx.GraphDef
+    scaling_factor: float
+
+
+def encode_prompts(graphs: Graphs, params: PyTree, ids: Int[Array, "b l"], clip_skip: int = 0) -> Float[Array, "b l e"]:
+    """Text features of token ids."""
+    return nnx.merge(graphs.text_encoder, params["text_encoder"])(ids, clip_skip)
+
+
+def make_denoiser(
+    graphs: Graphs,
+    params: PyTree,
+    ids: Int[Array, "b l"],
+    negative_ids: Int[Array, "b l"] | None,
+    guidance_scale: Float[Array, ""] | float,
+    clip_skip: int = 0,
+) -> Denoiser:
+    """The model as a function of scaled latents and timestep, text features being computed once.
+
+    With `negative_ids` it is guided: negative + guidance_scale * (positive - negative), both from one batched call
+    (Ho and Salimans 2022, eq. 6, with diffusers' meaning of the scale: 1 is no guidance).
+    """
+    unet = nnx.merge(graphs.unet, params["unet"])
+    guided = negative_ids is not None
+    all_ids = jnp.concatenate([negative_ids, ids]) if guided else ids
+    context = encode_prompts(graphs, params, all_ids, clip_skip)
+
+    def denoiser(x: Float[Array, "b h w c"], timestep: Shaped[Array, ""]) -> Float[Array, "b h w c"]:
+        batch = jnp.concatenate([x, x]) if guided else x
+        output = unet(batch, jnp.broadcast_to(timestep, batch.shape[:1]), context)
+        if not guided:
+            return output
+        negative, positive = jnp.split(output, 2)
+        return negative + guidance_scale * (positive - negative)
+
+    return denoiser
+
+
+def image_keys(key: Key[Array, ""], batch: int) -> tuple[Key[Array, " b"], Key[Array, " b"]]:
+    """Keys of the initial noise and of the sampler's noise of each image: they depend on `key` and its index only."""
+    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(jnp.arange(batch))
+    return keys[:, 0], keys[:, 1]
+
+
+def generate_latents(
+    graphs: Graphs,
+    params: PyTree,
+    sampler: Sampler,
+    key: Key[Array, ""],
+    ids: Int[Array, "b l"],
+    *,
+    shape: tuple[int, int, int],
+    negative_ids: Int[Array, "b l"] | None = None,
+    guidance_scale: Float[Array, ""] | float = 1.0,
+    initial_noise: Float[Array, "b h w c"] | None = None,
+    sampler_noise: Float[Array, "n b h w c"] | None = None,
+    clip_skip: int = 0,
+) -> Float[Array, "b h w c"]:
+    """Latents [b h w c] of `shape`, as the U-Net sees them; image i depends on `key`, i and its prompt only.
+
+    `initial_noise` (unit variance) and `sampler_noise` (for stochastic samplers) replace what `key` would draw.
+    """
+    noise_keys, step_keys = image_keys(key, ids.shape[0])
+    if initial_noise is None:
+        initial_noise = jax.vmap(lambda k: jax.random.normal(k, shape))(noise_keys)
+    denoiser = make_denoiser(graphs, params, ids, negative_ids, guidance_scale, clip_skip)
+    x = samplers.scale_initial(sampler, initial_noise)
+    step_key = step_keys if sampler_noise is None else None
+    latents, _ = samplers.denoise(denoiser, sampler, x, key=step_key, noise=sampler_noise)
+    return latents
+
+
+def continue_latents(
+    graphs: Graphs,
+    params: PyTree,
+    sampler: Sampler,
+    x: Float[Array, "b h w c"],
+    ids: Int[Array, "b l"],
+    *,
+    start: int,
+    stop: int | None = None,
+    state: SolverState | None = None,
+    key: Key[Array, ""] | None = None,
+    negative_ids: Int[Array, "b l"] | None = None,
+    guidance_scale: Float[Array, ""] | float = 1.0,
+    clip_skip: int = 0,
+) -> tuple[Float[Array, "b h w c"], SolverState]:
+    """Steps `start` to `stop` of the sampling from `x`, with the solver's `state` (None restarts it); see `denoise`."""
+    step_keys = None if key is None else image_keys(key, ids.shape[0])[1]
+    denoiser = make_denoiser(graphs, params, ids, negative_ids, guidance_scale, clip_skip)
+    return samplers.denoise(denoiser, sampler, x, start=start, stop=stop, state=state, key=step_keys)
+
+
+def in_batches(function: Callable, values: Float[Array, "n ..."], batch_size: int | None) -> Array:
+    """`function` over the leading axis of `values`, at most `batch_size` at a time, which bounds its memory."""
+    count = values.shape[0]
+    if batch_size is None or count <= batch_size:
+        return function(values)
+    require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+    chunks = -(-count // batch_size)
+    padding = [(0, chunks * batch_size - count)] + [(0, 0)] * (values.ndim - 1)
+    values = jnp.pad(values, padding).reshape(chunks, batch_size, *values.shape[1:])
+    results = jax.lax.map(function, values)
+    return results.reshape(chunks * batch_size, *results.shape[2:])[:count]
+
+
+def decode(
+    graphs: Graphs, params: PyTree, latents: Float[Array, "b h w c"], batch_size: int | None = None
+) -> Float[Array, "b H W 3"]:
+    """Images in [0, 1], decoded at most `batch_size` at a time (None: all at once)."""
+    vae = nnx.merge(graphs.vae, params["vae"])
+
+    def images(z):
+        return jnp.clip(0.5 * vae.decode(z / graphs.scaling_factor) + 0.5, 0.0, 1.0)
+
+    return in_batches(images, latents, batch_size)
+
+
+def encode(
+    graphs: Graphs, params: PyTree, images: Float[Array, "b H W 3"], batch_size: int | None = None
+) -> Float[Array, "b h w c"]:
+    """Mean latents of images in [0, 1], scaled as the U-Net sees them."""
+    vae = nnx.merge(graphs.vae, params["vae"])
+    return in_batches(lambda x: graphs.scaling_factor * vae.encode(2.0 * x - 1.0)[0], images, batch_size)

@@ -1,0 +1,224 @@
+"""StableDiffusion: a text-to-image model in the diffusers folder layout, and what a user does with it."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from megjax.configs import require, write_json
+from megjax.diffusion import generation, layout
+from megjax.diffusion.clip import CLIPTextConfig
+from megjax.diffusion.generation import Graphs
+from megjax.diffusion.samplers import Sampler, make_sampler
+from megjax.diffusion.schedules import SAMPLERS, SchedulerConfig
+from megjax.diffusion.tokenization import load_tokenizer, save_tokenizer, tokenize
+from megjax.diffusion.unet import UNetConfig
+from megjax.diffusion.vae import VAEConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Configs:
+    """Configurations of the three networks and of the noise schedule."""
+
+    text_encoder: CLIPTextConfig
+    unet: UNetConfig
+    vae: VAEConfig
+    scheduler: SchedulerConfig
+
+    def __post_init__(self):
+        text, cross = self.text_encoder.hidden_size, self.unet.cross_attention_dim
+        require(text == cross, "text encoder's hidden_size", text, f"the U-Net's cross_attention_dim, {cross}")
+        latent, inputs = self.vae.latent_channels, self.unet.in_channels
+        require(latent == inputs, "VAE's latent_channels", latent, f"the U-Net's in_channels, {inputs}")
+        require(
+            self.unet.out_channels == inputs, "unet: out_channels", self.unet.out_channels, f"in_channels, {inputs}"
+        )
+
+
+class StableDiffusion:
+    """A Stable Diffusion 1.x or 2.x model: parameters, and jitted methods that never retrace for shapes seen before.
+
+    `params` (a dict of `text_encoder`, `unet`, `vae`) and `graphs` feed the pure functions of `generation`; `configs`
+    and `tokenizer` are plain data.
+    """
+
+    def __init__(self, configs: Configs, graphs: Graphs, params: dict[str, Any], tokenizer):
+        limit = configs.text_encoder.max_position_embeddings
+        length = tokenizer.model_max_length
+        require(length <= limit, "tokenizer's model_max_length", length, f"at most {limit} (max_position_embeddings)")
+        self.configs, self.graphs, self.params, self.tokenizer = configs, graphs, params, tokenizer
+        static = ("shape", "clip_skip")
+        self._latents = jax.jit(functools.partial(generation.generate_latents, graphs), static_argnames=static)
+        self._decode = jax.jit(functools.partial(generation.decode, graphs), static_argnames="batch_size")
+        self._encode = jax.jit(functools.partial(generation.encode, graphs), static_argnames="batch_size")
+        self._image = jax.jit(self._generate, static_argnames=(*static, "decode_batch"))
+        self._sampler = functools.cache(lambda *spec: make_sampler(configs.scheduler, *spec))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        dtype=jnp.float32,
+        *,
+        param_dtype=jnp.float32,
+        variant: str | None = None,
+    ) -> "StableDiffusion":
+        """Load "scenes" (bundled), a local folder in the diffusers layout, or a model of the Hugging Face hub.
+
+        Args:
+          dtype: of activations, float32 or bfloat16 (float16 also runs; the VAE then stays in float32 if it asks so).
+          param_dtype: of the parameters in memory.
+          variant: "fp16" for files so marked; None takes full precision, else fp16.
+
+        Raises:
+          ValueError: no such folder or model, a pipeline or setting that is not supported, pickled or damaged weights,
+            or tensors that do not fit (all of them listed).
+        """
+        for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+            allowed = ("float32", "bfloat16", "float16")
+            require(jnp.dtype(value).name in allowed, name, jnp.dtype(value).name, f"one of {allowed}")
+        folder = layout.locate(path_or_hub_id, variant)
+        configs = Configs(
+            CLIPTextConfig.from_dict(layout.component_config(folder, "text_encoder"), dtype),
+            UNetConfig.from_dict(layout.component_config(folder, "unet"), dtype),
+            VAEConfig.from_dict(layout.component_config(folder, "vae"), dtype),
+            layout.scheduler_config(folder),
+        )
+        graphs, params = layout.load_networks(folder, configs, param_dtype, variant)
+        graph_set = Graphs(**graphs, scaling_factor=configs.vae.scaling_factor)
+        return cls(configs, graph_set, params, load_tokenizer(folder / "tokenizer"))
+
+    def save_pretrained(self, folder: str | Path, *, dtype=np.float32, variant: str | None = None) -> None:
+        """Write the diffusers layout to `folder`; diffusers' StableDiffusionPipeline opens it.
+
+        `dtype` is that of the stored tensors, `variant` the mark in their file names ("fp16" by convention).
+        """
+        folder = Path(folder)
+        layout.save_networks(folder, self.configs, self.params, dtype, variant)
+        write_json(folder / "model_index.json", layout.model_index(self.configs.scheduler))
+        write_json(folder / "scheduler" / "scheduler_config.json", self.configs.scheduler.to_dict())
+        save_tokenizer(self.tokenizer, folder / "tokenizer")
+
+    @property
+    def downsample(self) -> int:
+        """Image pixels per latent pixel, f_d."""
+        return self.configs.vae.downsample
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that the model was trained on."""
+        size = self.configs.unet.sample_size
+        require(size is not None, "unet: sample_size", size, "set, or height and width given")
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.downsample, width * self.downsample
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """[h w c] of the latent of an image of these pixels (default: `image_size`)."""
+        height, width = (given or self.image_size[axis] for axis, given in enumerate((height, width)))
+        for name, value in (("height", height), ("width", width)):
+            factor = self.downsample
+            require(value >= factor and value % factor == 0, name, value, f"a positive multiple of {factor}")
+        return height // self.downsample, width // self.downsample, self.configs.vae.latent_channels
+
+    def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "b l"]:
+        """Token ids, int32; over-long prompts are cut with a warning. ValueError on an empty list."""
+        return tokenize(self.tokenizer, prompts)
+
+    def sampler(self, sampler: str | None = None, num_steps: int = 25, eta: float = 0.0) -> Sampler:
+        """The schedule of a sampler ("ddim", "pndm", "euler", "euler_ancestral", "dpm++"; None: the checkpoint's)."""
+        name = self.configs.scheduler.sampler if sampler is None else sampler
+        require(name in SAMPLERS, "sampler", name, f"one of {SAMPLERS}")
+        require(isinstance(num_steps, int) and num_steps >= 1, "num_steps", num_steps, "an integer of at least 1")
+        return self._sampler(name, num_steps, float(eta))
+
+    def _arguments(self, ids, negative_ids, guidance_scale, num_steps, sampler, eta, height, width, initial_noise):
+        shape = self.latent_shape(height, width)
+        require(np.ndim(ids) == 2, "ids", np.shape(ids), "of shape [b l], as tokenize gives")
+        if initial_noise is not None:
+            expected = (ids.shape[0], *shape)
+            require(initial_noise.shape == expected, "initial_noise's shape", initial_noise.shape, str(expected))
+        guided = guidance_scale > 1.0
+        if guided and negative_ids is None:
+            negative_ids = np.repeat(self.tokenize([""]), ids.shape[0], axis=0)
+        return self.sampler(sampler, num_steps, eta), {
+            "shape": shape,
+            "negative_ids": negative_ids if guided else None,
+            "guidance_scale": jnp.float32(guidance_scale),
+            "initial_noise": initial_noise,
+        }
+
+    def generate_latents(
+        self,
+        key: Key[Array, ""],
+        ids: Int[Array, "b l"],
+        negative_ids: Int[Array, "b l"] | None = None,
+        *,
+        num_steps: int = 25,
+        guidance_scale: float = 5.0,
+        sampler: str | None = None,
+        eta: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
+        initial_noise: Float[Array, "b h w c"] | None = None,
+        sampler_noise: Float[Array, "n b h w c"] | None = None,
+        clip_skip: int = 0,
+    ) -> Float[Array, "b h w c"]:
+        """Latents [b h w c] for token ids, unit-scaled as the U-Net sees them, float32.
+
+        Image i depends on `key`, i and its prompt, not on the batch. Guidance is off at `guidance_scale` <= 1;
+        `negative_ids` defaults to the empty prompt. `initial_noise` (unit variance) replaces what `key` draws.
+
+        Raises ValueError on an unknown sampler, bad step count, or sizes that are not multiples of `downsample`.
+        """
+        table, options = self._arguments(
+            ids, negative_ids, guidance_scale, num_steps, sampler, eta, height, width, initial_noise
+        )
+        return self._latents(self.params, table, key, ids, sampler_noise=sampler_noise, clip_skip=clip_skip, **options)
+
+    def generate(
+        self,
+        key: Key[Array, ""],
+        ids: Int[Array, "b l"],
+        negative_ids: Int[Array, "b l"] | None = None,
+        *,
+        num_steps: int = 25,
+        guidance_scale: float = 5.0,
+        sampler: str | None = None,
+        eta: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
+        initial_noise: Float[Array, "b h w c"] | None = None,
+        sampler_noise: Float[Array, "n b h w c"] | None = None,
+        clip_skip: int = 0,
+        decode_batch: int | None = None,
+    ) -> Float[Array, "b H W 3"]:
+        """Images [b H W 3] in [0, 1]: one compiled program from token ids to pixels.
+
+        `decode_batch` bounds how many images the decoder holds at once; the rest is as in `generate_latents`.
+        """
+        table, options = self._arguments(
+            ids, negative_ids, guidance_scale, num_steps, sampler, eta, height, width, initial_noise
+        )
+        options |= {"sampler_noise": sampler_noise, "clip_skip": clip_skip, "decode_batch": decode_batch}
+        return self._image(self.params, table, key, ids, **options)
+
+    def _generate(self, params, table, key, ids, *, decode_batch, **options):
+        latents = generation.generate_latents(self.graphs, params, table, key, ids, **options)
+        return generation.decode(self.graphs, params, latents, decode_batch)
+
+    def decode(self, latents: Float[Array, "b h w c"], batch_size: int | None = None) -> Float[Array, "b H W 3"]:
+        """Images in [0, 1] of latents, at most `batch_size` at a time."""
+        return self._decode(self.params, latents, batch_size=batch_size)
+
+    def encode(self, images: Float[Array, "b H W 3"], batch_size: int | None = None) -> Float[Array, "b h w c"]:
+        """Mean latents of images in [0, 1], scaled as the U-Net sees them."""
+        return self._encode(self.params, images, batch_size=batch_size)
+
+
+FlaxStableDiffusion = StableDiffusion

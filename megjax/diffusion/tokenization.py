@@ -1,0 +1,86 @@
+"""CLIP tokenizers: reading one from a folder, training one on captions, prompts to padded ids."""
+
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTokenizer
+
+from megjax.configs import require, write_json
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+END_OF_WORD = "</w>"
+WORDS = r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+"""CLIP's words: letters, single digits, or runs of anything else that is not a space."""
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer saved in `folder`; ValueError if its files are missing or damaged."""
+    names = ("vocab.json", "merges.txt") if (folder / "vocab.json").is_file() else ("tokenizer.json",)
+    absent = [name for name in names if not (folder / name).is_file()]
+    require(folder.is_dir() and not absent, f"tokenizer folder {folder}: missing", absent or "it", "no file")
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for damaged files
+        raise ValueError(f"{folder} holds no readable CLIP tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Int[np.ndarray, "b l"]:
+    """Ids of `prompts`, padded to the tokenizer's limit, int32.
+
+    A longer prompt is cut there with a warning that quotes what is lost, as diffusers does. Raises ValueError if
+    `prompts` is empty, a single string, or holds something that is not a string.
+    """
+    require(not isinstance(prompts, str), "prompts", prompts, "a list of strings, not one string")
+    require(len(prompts) > 0, "prompts", list(prompts), "a list of at least one string")
+    for prompt in prompts:
+        require(isinstance(prompt, str), "prompt", prompt, "a string")
+    limit = tokenizer.model_max_length
+    for prompt, ids in zip(prompts, tokenizer(list(prompts), truncation=False)["input_ids"], strict=True):
+        if len(ids) > limit:
+            lost = tokenizer.decode(ids[limit - 1 : -1])
+            warnings.warn(
+                f"prompt of {len(ids)} tokens cut at {limit}; lost: {lost!r} of {prompt[:40]!r}", stacklevel=3
+            )
+    padded = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=True)
+    return np.asarray(padded["input_ids"], np.int32)
+
+
+def train_tokenizer(captions: Iterable[str], folder: Path, *, vocab_size: int, max_tokens: int) -> CLIPTokenizer:
+    """Train a byte-level BPE in CLIP's format on `captions` and write it to `folder`.
+
+    Every byte is in the vocabulary, inside and at the end of a word, so any text can be encoded. Frequent words become
+    one token each.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, end_of_word_suffix=END_OF_WORD, show_progress=False
+    )
+    bpe.train_from_iterator(captions, trainer)
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    words = [*alphabet, *(letter + END_OF_WORD for letter in alphabet), *("".join(merge) for merge in merges)]
+    vocabulary = {word: i for i, word in enumerate([*dict.fromkeys(words), START, END])}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "vocab.json", vocabulary)
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_tokens, "do_lower_case": True, **special},
+    )
+    return load_tokenizer(folder)
+
+
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write the tokenizer to `folder` in the layouts of transformers 4 (vocab.json, merges.txt) and 5."""
+    tokenizer.save_pretrained(str(folder))
+    tokenizer.backend_tokenizer.model.save(str(folder))

@@ -1,0 +1,245 @@
+"""Random-weight torch models in diffusers' layout, each beside what megjax's loader makes of its folder."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from megjax.diffusion import checkpoint, clip, unet, vae
+
+# Tiny models compile longer than they run.
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+SHARPENED = ("to_q.weight", "to_k.weight", "q_proj.weight", "k_proj.weight")
+UNET = {
+    "block_out_channels": (16, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": 12,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+VAE = {"block_out_channels": (8, 16), "norm_num_groups": 4}
+TEXT = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 16,
+}
+
+
+def randomise(model, seed):
+    """Evaluation mode; norms and biases away from 1 and 0, attention away from uniform, so that a mix-up shows."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.ndim == 1:
+                value.add_(0.1 * torch.randn(value.shape, generator=generator))
+            elif name.endswith(SHARPENED):
+                value.mul_(2.0)
+    return model.eval()
+
+
+def relative_error(ours, reference):
+    """Largest absolute difference over the largest absolute value of the reference."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    assert ours.shape == reference.shape
+    assert np.isfinite(ours).all()
+    return float(np.abs(ours - reference).max() / np.abs(reference).max())
+
+
+def channels_first(array):
+    return np.asarray(array).transpose(0, 3, 1, 2)
+
+
+@dataclasses.dataclass
+class Port:
+    """A torch model, the folder it was saved to, and the graph and parameters that megjax loaded from there."""
+
+    torch: Any
+    folder: Path
+    config: Any
+    graph: nnx.GraphDef
+    params: nnx.State
+
+    def run(self, function, *arrays, options=FAST_COMPILE):
+        """`function(model, *arrays)`, jitted, the parameters an argument."""
+        compiled = jax.jit(
+            lambda params, *args: function(nnx.merge(self.graph, params), *args), compiler_options=options
+        )
+        return compiled(self.params, *arrays)
+
+    def unet_errors(self, height, width, timesteps=(3, 700), tokens=5, options=FAST_COMPILE):
+        """Relative error of the U-Net's output on random inputs of this size."""
+        import torch
+
+        rng = np.random.default_rng(height * 100 + width)
+        batch, config = len(timesteps), self.config
+        x = rng.standard_normal((batch, config.in_channels, height, width), np.float32)
+        context = rng.standard_normal((batch, tokens, config.cross_attention_dim), np.float32)
+        with torch.no_grad():
+            reference = self.torch(torch.tensor(x), torch.tensor(timesteps), torch.tensor(context)).sample
+        arguments = jnp.asarray(x.transpose(0, 2, 3, 1)), jnp.asarray(timesteps), jnp.asarray(context)
+        ours = self.run(lambda model, *args: model(*args), *arguments, options=options)
+        return relative_error(channels_first(ours), reference)
+
+    def vae_errors(self, height, width):
+        """Relative errors of mean, log-variance and decoded image on a random image of this size."""
+        import torch
+
+        image = np.random.default_rng(height * 100 + width).uniform(-1, 1, (2, self.config.in_channels, height, width))
+        image = image.astype(np.float32)
+        with torch.no_grad():
+            posterior = self.torch.encode(torch.tensor(image)).latent_dist
+            decoded = self.torch.decode(posterior.mean).sample
+        latent = jnp.asarray(posterior.mean.numpy().transpose(0, 2, 3, 1))
+
+        def both(model, image, latent):
+            return *model.encode(image), model.decode(latent)
+
+        ours = self.run(both, jnp.asarray(image.transpose(0, 2, 3, 1)), latent)
+        pairs = zip(ours, (posterior.mean, posterior.logvar, decoded), strict=True)
+        return [relative_error(channels_first(mine), reference) for mine, reference in pairs]
+
+    def state_dict(self, path):
+        """Our parameters, written to `path` by megjax and read by safetensors' torch side."""
+        from safetensors.torch import load_file
+
+        checkpoint.save_params(self.params, path)
+        return load_file(path)
+
+
+def load(folder, config, module, stem, rename):
+    values = json.loads((folder / "config.json").read_text())
+    config = config.from_dict(values)
+    files = checkpoint.weight_files(folder, stem)
+    return config, *checkpoint.load_params(lambda: module(config, rngs=nnx.Rngs(0)), files, rename=rename)
+
+
+@pytest.fixture(scope="session")
+def make_unet(tmp_path_factory):
+    """`make_unet(**settings)`: a Port of a U-Net that is UNET but for `settings`."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    def make(**settings):
+        torch.manual_seed(0)
+        model = randomise(UNet2DConditionModel(**(UNET | settings)), 1)
+        folder = tmp_path_factory.mktemp("unet")
+        model.save_pretrained(folder)
+        loaded = load(folder, unet.UNetConfig, unet.UNet2DConditionModel, checkpoint.UNET_WEIGHTS, lambda name: name)
+        return Port(model, folder, *loaded)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_vae(tmp_path_factory):
+    """`make_vae(**settings)`: a Port of a VAE that is VAE but for `settings`."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    def make(**settings):
+        settings = VAE | settings
+        levels = len(settings["block_out_channels"])
+        kinds = {
+            "down_block_types": ("DownEncoderBlock2D",) * levels,
+            "up_block_types": ("UpDecoderBlock2D",) * levels,
+        }
+        torch.manual_seed(0)
+        model = randomise(AutoencoderKL(**kinds, **settings), 1)
+        folder = tmp_path_factory.mktemp("vae")
+        model.save_pretrained(folder)
+        loaded = load(folder, vae.VAEConfig, vae.AutoencoderKL, checkpoint.UNET_WEIGHTS, checkpoint.vae_name)
+        return Port(model, folder, *loaded)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_text(tmp_path_factory):
+    """`make_text(**settings)`: a Port of a text encoder that is TEXT but for `settings`."""
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    def make(**settings):
+        torch.manual_seed(0)
+        model = randomise(CLIPTextModel(CLIPTextConfig(**(TEXT | settings))), 1)
+        folder = tmp_path_factory.mktemp("text")
+        model.save_pretrained(folder)
+        loaded = load(folder, clip.CLIPTextConfig, clip.CLIPTextModel, checkpoint.TEXT_WEIGHTS, checkpoint.text_name)
+        return Port(model, folder, *loaded)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_unet(make_unet):
+    return make_unet(
+        block_out_channels=(16,), down_block_types=("DownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(make_vae):
+    return make_vae(block_out_channels=(8,))
+
+
+@pytest.fixture(scope="session")
+def tiny_text(make_text):
+    return make_text()
+
+
+@pytest.fixture(scope="session")
+def bfloat16_close():
+    """Check `low`, an output computed in bfloat16, against the float32 one.
+
+    Each layer rounds its weights, its input and its output by a uniform relative error of at most 2^-8 (root mean
+    square 2^-8 / sqrt(3)), so by 2^-8 together. With gains of about one, independent layers add in squares: at most
+    2^-8 times the root of the number of layers, here counted as weight kernels. Less than 2^-11 would mean that
+    float32 had been used.
+    """
+
+    def check(low, high, params):
+        low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
+        assert np.isfinite(low).all()
+        kernels = sum(path[-1] in ("kernel", "embedding") for path, _ in nnx.to_flat_state(params))
+        error = np.sqrt(np.mean((low - high) ** 2) / np.mean(high**2))
+        assert 2.0**-11 < error < 2.0**-8 * np.sqrt(kernels)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def gradients_flow():
+    """Check that the gradient of `loss(params)` is finite, and nonzero for every tensor of `params`.
+
+    A bias of the keys shifts all logits of a query alike, which softmax ignores: its gradient is zero.
+    """
+
+    def check(loss, params):
+        gradients = jax.jit(jax.grad(loss), compiler_options=FAST_COMPILE)(params)
+        for tree in gradients if isinstance(gradients, tuple) else (gradients,):
+            for path, value in nnx.to_flat_state(tree):
+                largest = float(jnp.abs(value[...]).max())
+                invariant = path[-1] == "bias" and path[-2] in ("k_proj", "to_k")
+                assert np.isfinite(largest), path
+                assert invariant or largest > 1e-7, path
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def error_of():
+    """`error_of(ours, reference)`: the relative error that every parity test bounds."""
+    return relative_error

@@ -1,0 +1,310 @@
+"""UNet2DConditionModel against PyTorch diffusers with random weights, and its configuration."""
+
+import dataclasses
+import inspect
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from megjax.diffusion import checkpoint
+from megjax.diffusion.clip import CLIPTextConfig, CLIPTextModel
+from megjax.diffusion.layers import GroupNorm, Upsample2D
+from megjax.diffusion.unet import ONLY, UNet2DConditionModel, UNetConfig, timestep_features
+
+PARITY = 1e-4
+DOWN, UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+SD_BLOCKS = {
+    "down_block_types": (DOWN[0],) * 3 + (DOWN[1],),
+    "up_block_types": (UP[1],) + (UP[0],) * 3,
+    "layers_per_block": 2,
+}
+# Published unet/config.json of Stable Diffusion 1.5 and 2.1.
+SD_15 = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
+SD_21 = SD_15 | {
+    "_diffusers_version": "0.10.0.dev0",
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "dual_cross_attention": False,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "sample_size": 96,
+    "upcast_attention": True,
+    "use_linear_projection": True,
+}
+# name -> (settings beside conftest's UNET, latent sizes)
+CONFIGS = {
+    "sd15-shaped": (
+        SD_BLOCKS | {"block_out_channels": (32, 64, 64, 64), "attention_head_dim": 8, "norm_num_groups": 32},
+        [(8, 8)],
+    ),
+    "sd21-shaped": (
+        SD_BLOCKS
+        | {
+            "block_out_channels": (16, 32, 64, 64),
+            "attention_head_dim": [2, 4, 8, 8],
+            "use_linear_projection": True,
+            "upcast_attention": True,
+        },
+        [(7, 10)],
+    ),
+    "one layer": ({}, [(8, 12), (9, 5)]),
+    "three layers, sines first": (
+        {"layers_per_block": 3, "flip_sin_to_cos": False, "freq_shift": 1, "attention_head_dim": (2, 8)},
+        [(6, 4)],
+    ),
+    "layers by level": ({"layers_per_block": (1, 2), "transformer_layers_per_block": (2, 1)}, [(4, 7)]),
+    "two transformer layers": (
+        {"transformer_layers_per_block": 2, "use_linear_projection": True, "norm_eps": 1e-3},
+        [(1, 3)],
+    ),
+    "attention below": ({"down_block_types": DOWN[::-1], "up_block_types": UP}, [(4, 4)]),
+    "attention in the middle": ({"down_block_types": (DOWN[1],) * 2, "up_block_types": (UP[1],) * 2}, [(5, 6)]),
+    "attention on the way up": (
+        {
+            "block_out_channels": (32, 16, 24),
+            "down_block_types": (DOWN[1],) * 3,
+            "up_block_types": (UP[1], UP[0], UP[0]),
+            "in_channels": 9,
+            "out_channels": 3,
+        },
+        [(5, 11)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_output_equals_diffusers(make_unet, name, record_property):
+    settings, sizes = CONFIGS[name]
+    port = make_unet(**settings)
+    for size in sizes:
+        error = port.unet_errors(*size)
+        record_property(f"{size}", error)
+        assert error <= PARITY, size
+
+
+def test_the_error_sees_the_number_of_heads(make_unet):
+    """The same weights with another `attention_head_dim` have the same shapes, so only the output can tell."""
+    port = make_unet(attention_head_dim=2)
+    config = dataclasses.replace(port.config, attention_head_dim=4)
+    port.graph = nnx.split(nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0))))[0]
+    assert port.unet_errors(4, 4) > 10 * PARITY
+
+
+@pytest.mark.parametrize(("width", "flip", "shift"), [(32, True, 0), (32, False, 1), (33, True, 1)])
+def test_timestep_features_equal_diffusers(width, flip, shift):
+    import torch
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    times = [0, 1, 500, 999]
+    reference = get_timestep_embedding(torch.tensor(times), width, flip_sin_to_cos=flip, downscale_freq_shift=shift)
+    ours = timestep_features(jnp.asarray(times), width, flip_sin_to_cos=flip, freq_shift=shift)
+    # An angle of up to 999 radians carries a float32 rounding of 2^-14, and both sides round.
+    np.testing.assert_allclose(ours, reference.numpy(), rtol=0, atol=2 * 2.0**-14)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 8), (512, 256, 8)])
+def test_group_norm_equals_torch_off_centre(error_of, size):
+    """Also with a mean of several deviations, over as many pixels as the decoder's last level has."""
+    import torch
+
+    rng = np.random.default_rng(0)
+    channels = size[-1]
+    x = (rng.standard_normal((2, *size)) * 2 + rng.uniform(-10, 10, channels)).astype(np.float32)
+    scale, bias = rng.standard_normal((2, channels)).astype(np.float32)
+    x64, scale64, bias64 = (torch.tensor(v, dtype=torch.float64) for v in (x.transpose(0, 3, 1, 2), scale, bias))
+    reference = torch.nn.functional.group_norm(x64, 4, scale64, bias64, 1e-6)
+    norm = GroupNorm(channels, 4, 1e-6, rngs=nnx.Rngs(0))
+    norm.scale[...], norm.bias[...] = jnp.asarray(scale), jnp.asarray(bias)
+    assert error_of(norm(jnp.asarray(x)), reference.permute(0, 2, 3, 1)) <= PARITY / 10
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 32])
+def test_upsampling_to_any_size_equals_torch(length):
+    import torch
+
+    x = np.arange(length, dtype=np.float32)
+    layer = Upsample2D(1, jnp.float32, rngs=nnx.Rngs(0))
+    layer.conv = lambda value: value
+    for target in (2 * length - 1, 2 * length):
+        reference = torch.nn.functional.interpolate(torch.tensor(x)[None, None, :, None], size=(target, 2))
+        ours = layer(jnp.asarray(x)[None, :, None, None], (target, 2))
+        np.testing.assert_array_equal(ours[0, :, :, 0], reference[0, 0])
+
+
+def test_eager_equals_jit(tiny_unet, error_of):
+    x, context = jnp.ones((2, 3, 2, 4)), jnp.linspace(-1, 1, 2 * 3 * 12).reshape(2, 3, 12)
+    times = jnp.array([1, 9])
+    eager = nnx.merge(tiny_unet.graph, tiny_unet.params)(x, times, context)
+    jitted = tiny_unet.run(lambda model, *args: model(*args), x, times, context, options=None)
+    assert eager.shape == (2, 3, 2, 4)
+    assert eager.dtype == jitted.dtype == jnp.float32
+    assert error_of(jitted, eager) <= 1e-5
+    # Samples of a batch do not see each other, and a batch is what vmap gives.
+    one = tiny_unet.run(
+        lambda model, *args: jax.vmap(lambda *a: model(*(v[None] for v in a))[0])(*args), x, times, context
+    )
+    assert error_of(one, eager) <= 1e-5
+
+
+def test_bfloat16_is_close_to_float32(tiny_unet, bfloat16_close):
+    config = dataclasses.replace(tiny_unet.config, dtype=jnp.bfloat16)
+    graph = nnx.split(nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0))))[0]
+    x, context = jnp.sin(jnp.arange(256.0)).reshape(2, 8, 4, 4), jnp.cos(jnp.arange(72.0)).reshape(2, 3, 12)
+    args = x, jnp.array([1, 900]), context
+    low = dataclasses.replace(tiny_unet, graph=graph).run(lambda model, *args: model(*args), *args)
+    high = tiny_unet.run(lambda model, *args: model(*args), *args)
+    assert low.dtype == jnp.float32
+    bfloat16_close(low, high, tiny_unet.params)
+
+
+def test_gradients_reach_every_weight_of_unet_and_text_encoder(gradients_flow):
+    unet_config = UNetConfig(
+        block_out_channels=(8, 8),
+        down_block_types=DOWN,
+        up_block_types=UP[::-1],
+        layers_per_block=1,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        norm_num_groups=2,
+    )
+    text_config = CLIPTextConfig(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    unet_graph, unet_params = nnx.split(UNet2DConditionModel(unet_config, rngs=nnx.Rngs(0)))
+    text_graph, text_params = nnx.split(CLIPTextModel(text_config, rngs=nnx.Rngs(1)))
+    noise = jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
+
+    def loss(params):
+        context = nnx.merge(text_graph, params[1])(jnp.array([[1, 2, 3], [4, 5, 6]]))
+        return jnp.mean((nnx.merge(unet_graph, params[0])(noise, jnp.array([3, 700]), context) - noise) ** 2)
+
+    gradients_flow(loss, (unet_params, text_params))
+
+
+def test_sizes_of_published_checkpoints():
+    def count(config):
+        state = nnx.state(nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=nnx.Rngs(0))))
+        return sum(value.size for _, value in nnx.to_flat_state(state))
+
+    assert count(UNetConfig.from_dict(SD_15)) == 859_520_964
+    assert count(UNetConfig.from_dict(SD_21)) == 865_910_724
+
+
+def test_published_configs_are_read():
+    config = UNetConfig.from_dict(SD_21, dtype=jnp.bfloat16)
+    assert config.attention_head_dim == (5, 10, 20, 20)
+    assert config.per_block("layers_per_block") == (2, 2, 2, 2)
+    assert (config.sample_size, config.upcast_attention, config.use_linear_projection) == (96, True, True)
+    assert config.dtype == jnp.bfloat16
+    assert UNetConfig.from_dict(SD_15).attention_head_dim == 8
+
+
+def test_defaults_are_those_of_diffusers():
+    from diffusers import UNet2DConditionModel as Reference
+
+    defaults = {k: p.default for k, p in inspect.signature(Reference.__init__).parameters.items() if k != "self"}
+    ours = UNetConfig().to_dict()
+    del ours["_class_name"]
+    assert ours == defaults
+
+
+@pytest.mark.parametrize("values", [SD_15, SD_21])
+def test_dictionaries_round_trip_through_json_and_diffusers(values):
+    import torch
+    from diffusers import UNet2DConditionModel as Reference
+
+    config = UNetConfig.from_dict(values)
+    written = json.loads(json.dumps(config.to_dict()))
+    assert UNetConfig.from_dict(written) == config
+    with torch.device("meta"):
+        accepted = Reference.from_config(written).config
+    assert {k: accepted[k] for k in values if not k.startswith("_")} == {
+        k: v for k, v in values.items() if not k.startswith("_")
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("class_embed_type", "timestep"),
+        ("act_fn", "gelu"),
+        ("resnet_time_scale_shift", "scale_shift"),
+        ("dual_cross_attention", True),
+        ("only_cross_attention", [True, False, False, False]),
+        ("num_attention_heads", 8),
+        ("encoder_hid_dim", 4096),
+        ("mid_block_type", "UNetMidBlock2D"),
+        ("dropout", 0.1),
+        ("conv_in_kernel", 1),
+        ("a_setting_of_tomorrow", 7),
+        ("down_block_types", ["AttnDownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D"]),
+        ("up_block_types", ["UpBlock2D"]),
+        ("attention_head_dim", [8, 8]),
+        ("attention_head_dim", 0),
+        ("attention_head_dim", 7),
+        ("layers_per_block", 0),
+        ("layers_per_block", "2"),
+        ("transformer_layers_per_block", [[1, 2], 1, 1, 1]),
+        ("cross_attention_dim", [768, 768, 768, 768]),
+    ],
+)
+def test_unsupported_settings_are_named(key, value):
+    with pytest.raises(ValueError) as error:
+        UNetConfig.from_dict(SD_15 | {key: value})
+    assert key in str(error.value)
+    assert repr(value).strip("[]") in str(error.value).replace("(", "").replace(")", "").replace("[", "").replace(
+        "]", ""
+    )
+
+
+def test_every_other_setting_is_refused_unless_neutral():
+    for key, value in ONLY.items():
+        UNetConfig.from_dict(SD_15 | {key: value})
+        with pytest.raises(ValueError, match=f"{key} is 'other'"):
+            UNetConfig.from_dict(SD_15 | {key: "other"})
+
+
+def test_text_of_another_width_is_refused(tiny_unet):
+    with pytest.raises(ValueError, match="width of the text features is 13; it must be 12"):
+        tiny_unet.run(lambda model, *a: model(*a), jnp.ones((1, 2, 2, 4)), jnp.array([1]), jnp.ones((1, 3, 13)))
+
+
+def test_group_norm_refuses_uneven_groups():
+    with pytest.raises(ValueError, match="norm_num_groups is 3"):
+        GroupNorm(8, 3, 1e-5, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.slow
+def test_output_equals_diffusers_at_the_size_of_stable_diffusion(make_unet, record_property):
+    settings = {key: value for key, value in SD_15.items() if not key.startswith("_")}
+    port = make_unet(**settings)
+    assert sum(value.size for _, value in nnx.to_flat_state(port.params)) == 859_520_964
+    error = port.unet_errors(16, 16, timesteps=(400,), tokens=77, options=None)
+    record_property("relative error", error)
+    assert error <= PARITY
+    for file in checkpoint.weight_files(port.folder, checkpoint.UNET_WEIGHTS):
+        file.unlink()
