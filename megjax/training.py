@@ -88,7 +88,7 @@ def make_step(config: FitConfig, loss_fn: LossFn) -> Callable[[FitState, PyTree,
         count = state.step.astype(jnp.float32)
         decay = jnp.minimum(config.ema_decay, (1.0 + count) / (10.0 + count))
         ema = optax.incremental_update(params, state.ema, 1.0 - decay)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
         return FitState(state.step + 1, params, ema, opt_state), metrics
 
     return step

@@ -51,7 +51,8 @@ def weight_files(folder: Path, stem: str, variant: str | None = None) -> list[Pa
             folder / f"{stem}{dotted}.safetensors.index.json",
         ):
             if index.is_file():
-                names = sorted(set(read_json(index).get("weight_map", {}).values()))
+                mapped = read_json(index).get("weight_map")
+                names = sorted(set(map(str, mapped.values()))) if isinstance(mapped, dict) else []
                 absent = [name for name in names if not (folder / name).is_file()]
                 require(bool(names) and not absent, f"{index}: shards", absent or names, "files beside the index")
                 return [folder / name for name in names]
@@ -123,7 +124,12 @@ def load_params(
                 continue
             path, leaf = wanted[name]
             expected = _torch_shape(path, leaf.shape)
-            if ".attentions.0." in name and tensor.shape == (*expected, 1, 1) and rename is vae_name:
+            if (
+                ".attentions.0." in name
+                and rename is vae_name
+                and len(expected) == 2
+                and tensor.shape == (*expected, 1, 1)
+            ):
                 tensor = tensor[:, :, 0, 0]  # the oldest VAE checkpoints hold attention as 1x1 convolutions
             if tensor.shape != expected:
                 problems.append(f"{stored} has shape {tuple(tensor.shape)}, expected {expected}")

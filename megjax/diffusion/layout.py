@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from megjax.configs import read_json, require, write_json
 from megjax.diffusion import checkpoint
 from megjax.diffusion.clip import CLIPTextModel
+from megjax.diffusion.layers import ShapeRngs
+from megjax.diffusion.layers import ShapeRngs
 from megjax.diffusion.schedules import CLASS_NAMES, SchedulerConfig
 from megjax.diffusion.unet import UNet2DConditionModel
 from megjax.diffusion.vae import AutoencoderKL
@@ -45,9 +46,12 @@ def locate(path_or_hub_id: str | Path, variant: str | None = None) -> Path:
     for key, value in index.items():
         if key in COMPONENTS:
             # Tokenizers differ in class (CLIPTokenizerFast) but not in their files.
-            known = key == "tokenizer" or tuple(value) == COMPONENTS[key]
+            known = key == "tokenizer" or value == list(COMPONENTS[key])
             require(known, f"{folder}/model_index.json: {key}", value, str(list(COMPONENTS[key])))
-        elif not key.startswith("_") and key != "scheduler" and key not in UNUSED:
+        elif key == "scheduler":
+            classes = [["diffusers", name] for name in CLASS_NAMES.values()]
+            require(value in classes, f"{folder}/model_index.json: {key}", value, f"one of {classes}")
+        elif not key.startswith("_") and key not in UNUSED:
             raise ValueError(f"{folder}/model_index.json: unknown component {key!r}: {value!r}")
     missing = [key for key in (*COMPONENTS, "scheduler") if key not in index]
     require(not missing, f"{folder}/model_index.json: missing components", missing, "none")
@@ -55,6 +59,13 @@ def locate(path_or_hub_id: str | Path, variant: str | None = None) -> Path:
 
 
 def _download(hub_id: str, variant: str | None) -> Path:
+    folder = _snapshot(hub_id, variant)
+    if variant is None and any(not any((folder / part).glob(f"{stem}*.safetensors")) for part, stem in STEMS.items()):
+        folder = _snapshot(hub_id, "fp16")
+    return folder
+
+
+def _snapshot(hub_id: str, variant: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     mark = f"*.{variant}*" if variant else "*"
@@ -64,7 +75,7 @@ def _download(hub_id: str, variant: str | None) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=ignored))
     except Exception as error:  # the client raises many kinds: no network, no such model, no permission
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"model {hub_id!r} is no local folder and the hub does not give it: {reason}") from error
 
 
@@ -74,16 +85,21 @@ def component_config(folder: Path, component: str) -> dict[str, Any]:
 
 
 def scheduler_config(folder: Path) -> SchedulerConfig:
-    """The noise schedule, with the two settings that diffusers' own pipeline overrides in every checkpoint."""
-    config = SchedulerConfig.from_dict(read_json(folder / "scheduler" / "scheduler_config.json"))
+    """The noise schedule, with the two settings that diffusers' own pipeline overrides in every checkpoint.
+
+    As in diffusers, the class is that of model_index.json, whatever class wrote the settings.
+    """
+    values = read_json(folder / "scheduler" / "scheduler_config.json")
+    _, class_name = read_json(folder / "model_index.json")["scheduler"]
+    config = SchedulerConfig.from_dict({**values, "_class_name": class_name})
     return dataclasses.replace(config, steps_offset=1, clip_sample=False)
 
 
 def _builders(configs) -> dict[str, Any]:
     return {
-        "text_encoder": lambda: CLIPTextModel(configs.text_encoder, rngs=nnx.Rngs(0)),
-        "unet": lambda: UNet2DConditionModel(configs.unet, rngs=nnx.Rngs(0)),
-        "vae": lambda: AutoencoderKL(configs.vae, rngs=nnx.Rngs(0)),
+        "text_encoder": lambda: CLIPTextModel(configs.text_encoder, rngs=ShapeRngs()),
+        "unet": lambda: UNet2DConditionModel(configs.unet, rngs=ShapeRngs()),
+        "vae": lambda: AutoencoderKL(configs.vae, rngs=ShapeRngs()),
     }
 
 

@@ -52,6 +52,8 @@ class StableDiffusion:
         limit = configs.text_encoder.max_position_embeddings
         length = tokenizer.model_max_length
         require(length <= limit, "tokenizer's model_max_length", length, f"at most {limit} (max_position_embeddings)")
+        words, table = len(tokenizer), configs.text_encoder.vocab_size
+        require(words <= table, "number of the tokenizer's tokens", words, f"at most {table} (vocab_size)")
         self.configs, self.graphs, self.params, self.tokenizer = configs, graphs, params, tokenizer
         static = ("shape", "clip_skip")
         self._latents = jax.jit(functools.partial(generation.generate_latents, graphs), static_argnames=static)
@@ -90,9 +92,9 @@ class StableDiffusion:
             VAEConfig.from_dict(layout.component_config(folder, "vae"), dtype),
             layout.scheduler_config(folder),
         )
+        tokenizer = load_tokenizer(folder / "tokenizer")
         graphs, params = layout.load_networks(folder, configs, param_dtype, variant)
-        graph_set = Graphs(**graphs, scaling_factor=configs.vae.scaling_factor)
-        return cls(configs, graph_set, params, load_tokenizer(folder / "tokenizer"))
+        return cls(configs, Graphs(**graphs, scaling_factor=configs.vae.scaling_factor), params, tokenizer)
 
     def save_pretrained(self, folder: str | Path, *, dtype=np.float32, variant: str | None = None) -> None:
         """Write the diffusers layout to `folder`; diffusers' StableDiffusionPipeline opens it.
@@ -143,9 +145,13 @@ class StableDiffusion:
         if initial_noise is not None:
             expected = (ids.shape[0], *shape)
             require(initial_noise.shape == expected, "initial_noise's shape", initial_noise.shape, str(expected))
+        require(bool(np.isfinite(guidance_scale)), "guidance_scale", guidance_scale, "finite")
         guided = guidance_scale > 1.0
         if guided and negative_ids is None:
             negative_ids = np.repeat(self.tokenize([""]), ids.shape[0], axis=0)
+        if guided:
+            shapes = negative_ids.shape, ids.shape
+            require(shapes[0] == shapes[1], "negative_ids' shape", shapes[0], f"that of ids, {shapes[1]}")
         return self.sampler(sampler, num_steps, eta), {
             "shape": shape,
             "negative_ids": negative_ids if guided else None,

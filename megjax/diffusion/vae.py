@@ -45,6 +45,8 @@ class VAEConfig:
         for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             value = getattr(self, name)
             require(value == (kind,) * blocks, f"vae: {name}", value, f"{kind!r} {blocks} times (block_out_channels)")
+        layers = self.layers_per_block
+        require(isinstance(layers, int) and layers > 0, "vae: layers_per_block", layers, "a positive integer")
         require(self.scaling_factor > 0, "vae: scaling_factor", self.scaling_factor, "positive")
 
     @classmethod
@@ -148,7 +150,7 @@ class Encoder(nnx.Module):
         self.conv_norm_out = GroupNorm(widths[-1], config.norm_num_groups, NORM_EPS, config.dtype, rngs=rngs)
         self.conv_out = conv(widths[-1], 2 * config.latent_channels, 3, config.dtype, rngs)
 
-    def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b h w d"]:
+    def __call__(self, x: Float[Array, "b H W i"]) -> Float[Array, "b h w d"]:
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -171,7 +173,7 @@ class Decoder(nnx.Module):
         self.conv_norm_out = GroupNorm(widths[-1], config.norm_num_groups, NORM_EPS, config.dtype, rngs=rngs)
         self.conv_out = conv(widths[-1], config.out_channels, 3, config.dtype, rngs)
 
-    def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+    def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W o"]:
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
@@ -191,7 +193,7 @@ class AutoencoderKL(nnx.Module):
             self.post_quant_conv = conv(channels, channels, 1, config.dtype, rngs)
         self.config = config
 
-    def encode(self, image: Float[Array, "b H W 3"]) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+    def encode(self, image: Float[Array, "b H W i"]) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
         """Mean and log-variance of the Gaussian posterior of the unscaled latent, float32."""
         moments = self.encoder(image)
         if self.config.use_quant_conv:
@@ -199,7 +201,7 @@ class AutoencoderKL(nnx.Module):
         mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
-    def decode(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+    def decode(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b H W o"]:
         """Image in about [-1, 1], unclipped, float32."""
         if self.config.use_post_quant_conv:
             latent = self.post_quant_conv(latent)

@@ -1,29 +1,189 @@
 """The stages of training the bundled model; each continues from its own checkpoints under one run folder."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Int, PyTree
+from safetensors.numpy import save_file
+from tqdm import trange
 
+from megjax.data import scenes
+from megjax.diffusion import checkpoint
+from megjax.diffusion.clip import CLIPTextModel
+from megjax.diffusion.generation import Graphs
+from megjax.diffusion.layers import ShapeRngs
+from megjax.diffusion.pipeline import Configs, StableDiffusion
+from megjax.diffusion.schedules import alphas_cumprod
+from megjax.diffusion.tokenization import load_tokenizer, tokenize, train_tokenizer
+from megjax.diffusion.unet import UNet2DConditionModel
 from megjax.diffusion.vae import AutoencoderKL
 from megjax.ldm import stages
-from megjax.ldm.recipe import Recipe
+from megjax.ldm.recipe import MAX_TOKENS, Recipe
 from megjax.metrics.scenenet import SceneNet
-from megjax.training import fit
+from megjax.system import SourceStatistics
+from megjax.training import FitState, fit
+
+LATENTS = "latents.safetensors"
+ENCODE_BATCH = 200
+VOCAB_SIZE = 1024
+
+OnCheckpoint = Callable[[FitState], None] | None
 
 
-def train_vae(recipe: Recipe, folder: Path) -> tuple[nnx.GraphDef, nnx.State]:
+def train_vae(recipe: Recipe, folder: Path, on_checkpoint: OnCheckpoint = None) -> tuple[nnx.GraphDef, nnx.State]:
     """Train the autoencoder; returns its graph and averaged parameters."""
-    model = AutoencoderKL(recipe.vae_config, rngs=nnx.Rngs(recipe.vae.fit.seed))
-    graph, params = nnx.split(model)
+    graph, params = nnx.split(AutoencoderKL(recipe.vae_config, rngs=nnx.Rngs(recipe.vae.fit.seed)))
     loss_fn = stages.vae_loss(graph, recipe.vae.batch, recipe.image_size)
     description = {"image_size": recipe.image_size, "widths": recipe.vae_widths, "batch": recipe.vae.batch}
-    return graph, fit(loss_fn, params, (), recipe.vae.fit, folder / "vae", description=description).ema
+    state = fit(
+        loss_fn, params, (), recipe.vae.fit, folder / "vae", description=description, on_checkpoint=on_checkpoint
+    )
+    return graph, state.ema
 
 
-def train_scenenet(recipe: Recipe, folder: Path) -> tuple[nnx.GraphDef, nnx.State]:
+def train_scenenet(recipe: Recipe, folder: Path, on_checkpoint: OnCheckpoint = None) -> tuple[nnx.GraphDef, nnx.State]:
     """Train the attribute classifier; returns its graph and averaged parameters."""
     graph, params = nnx.split(SceneNet(recipe.scenenet_config, nnx.Rngs(recipe.scenenet.fit.seed)))
     loss_fn = stages.scenenet_loss(graph, recipe.scenenet.batch, recipe.image_size)
     description = {**dataclasses.asdict(recipe.scenenet_config), "batch": recipe.scenenet.batch}
-    return graph, fit(loss_fn, params, (), recipe.scenenet.fit, folder / "scenenet", description=description).ema
+    state = fit(
+        loss_fn,
+        params,
+        (),
+        recipe.scenenet.fit,
+        folder / "scenenet",
+        description=description,
+        on_checkpoint=on_checkpoint,
+    )
+    return graph, state.ema
+
+
+def captions_of(drawn: scenes.Scene) -> list[list[str]]:
+    """Every phrasing of every scene of a batch."""
+    drawn = jax.device_get(drawn)
+    rows = [scenes.Scene(*(field[i] for field in drawn)) for i in range(len(drawn.time))]
+    return [[scenes.caption(row, phrasing) for phrasing in range(scenes.NUM_PHRASINGS)] for row in rows]
+
+
+def prepare_tokenizer(folder: Path):
+    """The tokenizer of the run, trained on captions of the training split at first use."""
+    path = folder / "tokenizer"
+    if (path / "tokenizer_config.json").is_file():
+        return load_tokenizer(path)
+    drawn = jax.jit(jax.vmap(scenes.sample_scene))(jax.random.split(jax.random.key(0), 2000))
+    captions = [caption for row in captions_of(drawn) for caption in row]
+    return train_tokenizer(captions, path, vocab_size=VOCAB_SIZE, max_tokens=MAX_TOKENS)
+
+
+def encode_scenes(
+    recipe: Recipe, folder: Path, vae: tuple[nnx.GraphDef, nnx.State], tokenizer
+) -> dict[str, Float[np.ndarray, "..."] | Int[np.ndarray, "..."]]:
+    """Posterior moments [n h w c] and caption ids [n p l] of the U-Net's training images, kept in the run folder."""
+    path = folder / LATENTS
+    if path.is_file():
+        return dict(checkpoint.read_tensors(path))
+    graph, params = vae
+
+    @jax.jit
+    def encode(params, key):
+        drawn, images = stages.draw_scenes(key, ENCODE_BATCH, recipe.image_size)
+        return drawn, nnx.merge(graph, params).encode(2.0 * images - 1.0)
+
+    parts = []
+    key = jax.random.key(recipe.unet.fit.seed)
+    for i in trange(-(-recipe.num_images // ENCODE_BATCH), desc="encode", unit_scale=ENCODE_BATCH):
+        drawn, (mean, log_variance) = encode(params, jax.random.fold_in(key, i))
+        captions = [caption for row in captions_of(drawn) for caption in row]
+        ids = tokenize(tokenizer, captions).reshape(ENCODE_BATCH, scenes.NUM_PHRASINGS, -1)
+        moments = {"mean": np.asarray(mean), "log_variance": np.asarray(log_variance)}
+        parts.append({**moments, "ids": ids.astype(np.int16)})
+    data = {name: np.concatenate([part[name] for part in parts])[: recipe.num_images] for name in parts[0]}
+    partial = path.with_suffix(".part")
+    save_file(data, partial)
+    partial.replace(path)
+    return data
+
+
+def scaling_factor(data: dict) -> float:
+    """One over the standard deviation of the latents, which brings them to the unit variance that diffusion assumes."""
+    variance = data["mean"].var(axis=(0, 1, 2)) + np.exp(data["log_variance"]).mean(axis=(0, 1, 2))
+    return round(float(1.0 / np.sqrt(variance.mean() + data["mean"].mean(axis=(0, 1, 2)).var())), 5)
+
+
+def train_unet(
+    recipe: Recipe,
+    folder: Path,
+    vae: tuple[nnx.GraphDef, nnx.State],
+    on_checkpoint: Callable[[StableDiffusion], None] | None = None,
+) -> StableDiffusion:
+    """Train text encoder and U-Net on the latents of `vae`; returns the whole model."""
+    tokenizer = prepare_tokenizer(folder)
+    host = encode_scenes(recipe, folder, vae, tokenizer)
+    factor = scaling_factor(host)
+    seeds = nnx.Rngs(recipe.unet.fit.seed)
+    vocab_size = len(tokenizer)
+    configs = Configs(
+        recipe.text_config(vocab_size),
+        recipe.unet_config,
+        dataclasses.replace(recipe.vae_config, scaling_factor=factor),
+        recipe.scheduler_config,
+    )
+    text_graph, text_params = nnx.split(CLIPTextModel(configs.text_encoder, rngs=seeds))
+    unet_graph, unet_params = nnx.split(UNet2DConditionModel(configs.unet, rngs=seeds))
+    # The graph carries the configuration, and the decoder's is final only now.
+    vae_graph, _ = nnx.split(nnx.eval_shape(lambda: AutoencoderKL(configs.vae, rngs=ShapeRngs())))
+    graphs = Graphs(text_graph, unet_graph, vae_graph, factor)
+
+    def model(params: PyTree) -> StableDiffusion:
+        params = {"text_encoder": params[0], "unet": params[1], "vae": vae[1]}
+        return StableDiffusion(configs, graphs, params, tokenizer)
+
+    empty: Int[Array, " l"] = jnp.asarray(tokenize(tokenizer, [""])[0])
+    levels = jnp.asarray(alphas_cumprod(configs.scheduler), jnp.float32)
+    loss_fn = stages.unet_loss((text_graph, unet_graph), levels, factor, recipe.unet.batch, empty)
+    description = {
+        "image_size": recipe.image_size,
+        "widths": recipe.unet_widths,
+        "text": [recipe.text_width, recipe.text_layers, vocab_size],
+        "num_images": recipe.num_images,
+        "batch": recipe.unet.batch,
+        "scaling_factor": factor,
+    }
+    state = fit(
+        loss_fn,
+        (text_params, unet_params),
+        jax.tree.map(jnp.asarray, host),
+        recipe.unet.fit,
+        folder / "unet",
+        description=description,
+        on_checkpoint=None if on_checkpoint is None else lambda state: on_checkpoint(model(state.ema)),
+    )
+    return model(state.ema)
+
+
+def source_statistics(recipe: Recipe, data: dict, factor: float, num_images: int = 2000) -> SourceStatistics:
+    """Per-channel constants of the training set's pixels and scaled latents (posterior samples)."""
+    draw = jax.jit(lambda key: stages.draw_scenes(key, ENCODE_BATCH, recipe.image_size)[1])
+    keys = (jax.random.fold_in(jax.random.key(recipe.unet.fit.seed), i) for i in range(num_images // ENCODE_BATCH))
+    pixels = np.concatenate([np.asarray(draw(key)) for key in keys])
+    mean, variance = data["mean"].mean((0, 1, 2)), data["mean"].var((0, 1, 2))
+    variance = variance + np.exp(data["log_variance"]).mean((0, 1, 2))
+    return SourceStatistics(
+        pixel_mean=tuple(map(float, pixels.mean((0, 1, 2)))),
+        pixel_std=tuple(map(float, pixels.std((0, 1, 2)))),
+        latent_mean=tuple(map(float, factor * mean)),
+        latent_std=tuple(map(float, factor * np.sqrt(variance))),
+    )
+
+
+def export(recipe: Recipe, folder: Path, pipe: StableDiffusion, scenenet: tuple, destination: Path) -> None:
+    """Write the model in the diffusers layout as its fp16 variant, with SceneNet and the link's constants beside it."""
+    pipe.save_pretrained(destination, dtype=np.float16, variant="fp16")
+    nnx.merge(*scenenet).save(destination / "scenenet", dtype="float16")
+    data = dict(checkpoint.read_tensors(folder / LATENTS))
+    source_statistics(recipe, data, pipe.configs.vae.scaling_factor).save(destination)

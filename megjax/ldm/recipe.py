@@ -106,3 +106,31 @@ class Recipe:
             set_alpha_to_one=False,
             clip_sample=False,
         )
+
+
+PRESETS = {
+    "scenes": Recipe(),
+    "scenes128": Recipe(
+        image_size=128,
+        vae_widths=(32, 64, 128, 128),
+        unet_widths=(160, 320),
+        text_width=192,
+        text_layers=4,
+        num_images=200_000,
+        vae=StageConfig(32, FitConfig(num_steps=40_000, learning_rate=5e-4, warmup_steps=500, clip_norm=0.3)),
+        scenenet=StageConfig(64, FitConfig(num_steps=4_000, learning_rate=1e-3, weight_decay=1e-2, seed=1)),
+        unet=StageConfig(128, FitConfig(num_steps=60_000, learning_rate=5e-4, warmup_steps=1000, seed=2)),
+    ),
+    "tiny": Recipe(
+        image_size=16,
+        vae_widths=(8, 8, 8, 8),
+        unet_widths=(16, 16),
+        text_width=16,
+        text_layers=1,
+        num_images=200,
+        vae=StageConfig(4, FitConfig(num_steps=6, warmup_steps=1, log_every=2)),
+        scenenet=StageConfig(4, FitConfig(num_steps=6, warmup_steps=1, log_every=2, seed=1)),
+        unet=StageConfig(4, FitConfig(num_steps=6, warmup_steps=1, log_every=2, seed=2)),
+    ),
+}
+"""`scenes` is what ships; `scenes128` needs a GPU; `tiny` runs every line of code in a minute and learns nothing."""

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from megjax.diffusion import checkpoint, clip, unet, vae
+from megjax.diffusion.layers import ShapeRngs
 
 # Tiny models compile longer than they run.
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -123,7 +124,7 @@ def load(folder, config, module, stem, rename):
     values = json.loads((folder / "config.json").read_text())
     config = config.from_dict(values)
     files = checkpoint.weight_files(folder, stem)
-    return config, *checkpoint.load_params(lambda: module(config, rngs=nnx.Rngs(0)), files, rename=rename)
+    return config, *checkpoint.load_params(lambda: module(config, rngs=ShapeRngs()), files, rename=rename)
 
 
 @pytest.fixture(scope="session")
@@ -198,6 +199,23 @@ def tiny_vae(make_vae):
 @pytest.fixture(scope="session")
 def tiny_text(make_text):
     return make_text()
+
+
+@pytest.fixture(scope="session")
+def random_params():
+    """`random_params(make)`: graph and parameters of `make()`, standard deviation the inverse root of the fan-in."""
+
+    def draw(make):
+        graph, abstract = nnx.split(nnx.eval_shape(make))
+        rng = np.random.default_rng(0)
+
+        def fill(leaf):
+            fan_in = np.prod(leaf.shape[:-1])
+            return leaf.replace(jnp.asarray(rng.standard_normal(leaf.shape) / np.sqrt(fan_in), jnp.float32))
+
+        return graph, nnx.from_flat_state([(path, fill(leaf)) for path, leaf in nnx.to_flat_state(abstract)])
+
+    return draw
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,1 @@
+"""Command-line programs that evaluate: run as `python -m eval.NAME`."""

@@ -1,0 +1,190 @@
+"""Generate images from prompts at the server and receive them over Rayleigh fading, by two schemes at several SNRs."""
+
+import dataclasses
+import math
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from megjax.channel import RayleighFading
+from megjax.configs import require, write_json
+from megjax.data import scenes
+from megjax.diffusion.layout import locate
+from megjax.diffusion.pipeline import StableDiffusion
+from megjax.metrics import SceneNet, psnr, ssim
+from megjax.metrics.scenenet import predict
+from megjax.runtime import enable_compilation_cache
+from megjax.system import SCHEMES, SourceStatistics, num_symbols, send_image, send_latent
+from megjax.units import check_snr_db
+
+NUM_BLOCKS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to generate, over which link, and where the results go."""
+
+    prompts: tyro.conf.Positional[tuple[str, ...]] = scenes.DEFAULT_PROMPTS
+    """Prompts, each in quotes."""
+    snr_db: tuple[str, ...] = ("-5", "5", "15")
+    """SNRs of the link in dB, 1 / noise variance."""
+    model: str = "scenes"
+    """"scenes" (bundled), a folder in the diffusers layout, or a hub id."""
+    sampler: str | None = None
+    """ddim, pndm, euler, euler_ancestral or dpm++; default: the model's own."""
+    steps: int = 25
+    """Denoising steps."""
+    guidance: float = 5.0
+    """Classifier-free guidance scale; 1 turns it off."""
+    seed: int = 0
+    """Seed of the images and of the channel."""
+    output: Path = Path("outputs/demo")
+    """Folder for grid.png and metrics.json."""
+
+
+def prepare_output(folder: Path) -> None:
+    """Make the folder and check that files can be written there; ValueError if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"output folder {str(folder)!r} cannot be written: {error.strerror}") from None
+
+
+def receive(pipe: StableDiffusion, statistics: SourceStatistics, key, latents, snr_db: np.ndarray) -> dict:
+    """Images on the device by scheme, [s b H W 3]; image i sees the same gains under every scheme and SNR."""
+    fading, keys = RayleighFading(), jax.random.split(key, latents.shape[0])
+    images = pipe.decode(latents)
+
+    def over(send, values):
+        per_image = jax.vmap(lambda k, value, snr: send(k, value, statistics, fading, snr, NUM_BLOCKS), (0, 0, None))
+        return jax.jit(jax.vmap(per_image, (None, None, 0)))(keys, values, jnp.asarray(snr_db, jnp.float32))
+
+    received = over(send_latent, latents)
+    decoded = pipe.decode(received.reshape(-1, *latents.shape[1:]))
+    return {
+        "centralized": over(send_image, images),
+        "latent": decoded.reshape(len(snr_db), *images.shape),
+    }
+
+
+def accuracies(model: SceneNet | None, prompts: tuple[str, ...], images) -> list[float | None]:
+    """Share of what each prompt states that its image [b H W 3] shows; None where there is nothing to check."""
+    if model is None:
+        return [None] * len(prompts)
+    found = np.asarray(jax.jit(predict)(model, images))
+    results = []
+    for prompt, row in zip(prompts, found, strict=True):
+        labels, stated = scenes.parse_caption(prompt).labels()
+        results.append(float(np.mean((row == labels)[stated])) if stated.any() else None)
+    return results
+
+
+def score(model, prompts, snr_db, reference, received: dict, symbols: dict) -> list[dict]:
+    """One row per prompt, scheme and SNR, against the server's own image."""
+    rows = []
+    for scheme, images in received.items():
+        for level, batch in zip(snr_db, images, strict=True):
+            quality = np.asarray(jax.jit(jax.vmap(psnr))(reference, batch))
+            likeness = np.asarray(jax.jit(jax.vmap(ssim))(reference, batch))
+            accuracy = accuracies(model, prompts, batch)
+            for i, prompt in enumerate(prompts):
+                row = {"prompt": prompt, "scheme": scheme, "snr_db": float(level), "num_symbols": symbols[scheme]}
+                row |= {"psnr_db": float(quality[i]), "ssim": float(likeness[i]), "caption_accuracy": accuracy[i]}
+                rows.append(row)
+    return rows
+
+
+def draw(path: Path, prompts, snr_db, reference, received: dict, symbols: dict) -> None:
+    """Rows: prompts. Columns: the server's image, then each scheme and SNR."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = [("at the server", reference)]
+    for scheme, images in received.items():
+        columns += [(f"{scheme}, {symbols[scheme]} symbols\n{level:g} dB", images[i]) for i, level in enumerate(snr_db)]
+    size = (1.9 * len(columns), 2.2 * len(prompts) + 0.6)
+    figure, axes = plt.subplots(len(prompts), len(columns), figsize=size, squeeze=False, layout="constrained")
+    for i, prompt in enumerate(prompts):
+        for j, (title, images) in enumerate(columns):
+            axes[i, j].imshow(np.asarray(images[i]), interpolation="nearest")
+            axes[i, j].set_axis_off()
+            if i == 0:
+                axes[i, j].set_title(title, fontsize=9)
+        short = prompt if len(prompt) <= 130 else prompt[:127] + "..."
+        axes[i, 0].text(0, -0.04, short, transform=axes[i, 0].transAxes, fontsize=8, va="top")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def show(rows: list[dict], folder: Path) -> None:
+    """Print the mean over prompts of each scheme and SNR, and where the files are."""
+    table = Table("scheme", "symbols", "SNR (dB)", "PSNR (dB)", "SSIM", "caption accuracy")
+    frame = pd.DataFrame(rows).astype({"caption_accuracy": float})
+    means = frame.groupby(["scheme", "num_symbols", "snr_db"], sort=False).mean(numeric_only=True).reset_index()
+    for row in means.itertuples():
+        accuracy = "-" if np.isnan(row.caption_accuracy) else f"{100 * row.caption_accuracy:.0f} %"
+        cells = (f"{row.snr_db:g}", f"{row.psnr_db:.1f}", f"{row.ssim:.3f}", accuracy)
+        table.add_row(row.scheme, str(row.num_symbols), *cells)
+    Console().print(table)
+    print(f"pictures: {folder / 'grid.png'}\nnumbers:  {folder / 'metrics.json'}")
+
+
+def run(args: Arguments) -> list[dict]:
+    """The whole demo; returns the rows of metrics.json. Raises ValueError on bad arguments, before any work."""
+    snr_db = check_snr_db(args.snr_db)
+    require(snr_db.size > 0, "--snr-db", args.snr_db, "at least one number")
+    require(len(args.prompts) > 0, "prompts", args.prompts, "at least one prompt")
+    for prompt in args.prompts:
+        require(bool(prompt.strip()), "prompt", prompt, "text that is not blank")
+    require(math.isfinite(args.guidance), "--guidance", args.guidance, "a finite number")
+    require(0 <= args.seed < 2**32, "--seed", args.seed, "in [0, 2^32)")
+    folder = locate(args.model)
+    prepare_output(args.output)
+    pipe = StableDiffusion.from_pretrained(folder)
+    pipe.sampler(args.sampler, args.steps)
+    statistics = SourceStatistics.load(folder, pipe.configs.vae.latent_channels)
+    scenenet = SceneNet.load(folder / "scenenet") if (folder / "scenenet").is_dir() else None
+
+    image_key, channel_key = jax.random.split(jax.random.key(args.seed))
+    ids = pipe.tokenize(args.prompts)
+    started = time.perf_counter()
+    latents = pipe.generate_latents(
+        image_key, ids, num_steps=args.steps, guidance_scale=args.guidance, sampler=args.sampler
+    )
+    reference = pipe.decode(latents).block_until_ready()
+    print(f"{len(args.prompts)} images generated in {time.perf_counter() - started:.1f} s, compilation included")
+    received = receive(pipe, statistics, channel_key, latents, snr_db)
+    symbols = {scheme: num_symbols(scheme, reference.shape[1:], latents.shape[1:]) for scheme in SCHEMES}
+    rows = score(scenenet, args.prompts, snr_db, reference, received, symbols)
+    write_json(args.output / "metrics.json", rows)
+    draw(args.output / "grid.png", args.prompts, snr_db, reference, received, symbols)
+    show(rows, args.output)
+    return rows
+
+
+def main() -> None:
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    args = tyro.cli(Arguments, description=__doc__)
+    enable_compilation_cache()
+    try:
+        run(args)
+    except ValueError as error:
+        sys.exit(f"eval.generate: {error}")
+
+
+if __name__ == "__main__":
+    main()

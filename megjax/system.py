@@ -1,0 +1,112 @@
+"""Schemes that bring an image from the edge server to the device over a fading link, without a codec."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Key
+
+from megjax.channel import Fading, equalize_lmmse, pack, transmit, unpack
+from megjax.configs import from_mapping, read_json, require, write_json
+from megjax.units import noise_var_from_snr_db
+
+SCHEMES = ("centralized", "latent")
+STATISTICS_NAME = "source_statistics.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceStatistics:
+    """Per-channel mean and standard deviation of the training set's pixels (in [0, 1]) and scaled latents.
+
+    Both ends know them: they bring what is sent to zero mean and unit variance, hence symbols to unit mean power over
+    the data.
+    """
+
+    pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, ...] = (0.25, 0.25, 0.25)
+    latent_mean: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+    latent_std: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+
+    def __post_init__(self):
+        for kind in ("pixel", "latent"):
+            mean, std = getattr(self, f"{kind}_mean"), getattr(self, f"{kind}_std")
+            require(len(mean) == len(std), f"{kind}_std", std, f"as long as {kind}_mean ({len(mean)})")
+            require(all(value > 0 for value in std), f"{kind}_std", std, "positive")
+
+    @classmethod
+    def load(cls, folder: Path, latent_channels: int = 4) -> "SourceStatistics":
+        """Read them from a model folder; a model without them gets nominal ones, with a warning."""
+        path = Path(folder) / STATISTICS_NAME
+        if not path.is_file():
+            warnings.warn(
+                f"{folder} has no {STATISTICS_NAME}: pixels are taken as 0.5 +- 0.25 and latents as unit Gaussian, so "
+                "transmit power is only nominally 1",
+                stacklevel=2,
+            )
+            return cls(latent_mean=(0.0,) * latent_channels, latent_std=(1.0,) * latent_channels)
+        return from_mapping(cls, read_json(path), source=str(path))
+
+    def save(self, folder: Path) -> None:
+        """Write them to a model folder."""
+        write_json(Path(folder) / STATISTICS_NAME, dataclasses.asdict(self))
+
+
+def num_symbols(scheme: str, image_shape: tuple[int, ...], latent_shape: tuple[int, ...]) -> int:
+    """Complex channel uses K of one image: 3HW/2 for analog pixels (`centralized`), hwc/2 for the raw `latent`."""
+    require(scheme in SCHEMES, "scheme", scheme, f"one of {SCHEMES}")
+    return -(-int(np.prod(image_shape if scheme == "centralized" else latent_shape)) // 2)
+
+
+def send_values(
+    key: Key[Array, ""],
+    values: Float[Array, "*d c"],
+    mean: ArrayLike,
+    std: ArrayLike,
+    fading: Fading,
+    snr_db: Float[ArrayLike, ""],
+    num_blocks: int = 16,
+    mapping: str = "interleaved",
+) -> Float[Array, "*d c"]:
+    """Analog transmission at equal power, p_t = 1, of values with these per-channel constants; LMMSE-received.
+
+    One realisation: `key` gives the gains of `num_blocks` fading blocks and the noise, so two schemes that are given
+    the same key see the same gains. 1 / sigma^2 is `snr_db`.
+    """
+    fading_key, noise_key = jax.random.split(key)
+    mean, std = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), values.shape) for x in (mean, std))
+    symbols = pack(((values - mean) / std).reshape(-1), num_blocks, mapping)
+    gains = fading.sample(fading_key, num_blocks)
+    power = jnp.ones(num_blocks)
+    noise_var = noise_var_from_snr_db(snr_db)
+    received = transmit(noise_key, symbols, gains, power, noise_var)
+    estimate = unpack(equalize_lmmse(received, gains, power, noise_var), values.size, mapping)
+    return estimate.reshape(values.shape) * std + mean
+
+
+def send_image(
+    key: Key[Array, ""],
+    image: Float[Array, "h w c"],
+    statistics: SourceStatistics,
+    fading: Fading,
+    snr_db: Float[ArrayLike, ""],
+    num_blocks: int = 16,
+) -> Float[Array, "h w c"]:
+    """Scheme `centralized`, analog: the server finishes the image and sends its pixels; the result is in [0, 1]."""
+    mean, std = np.array(statistics.pixel_mean), np.array(statistics.pixel_std)
+    return jnp.clip(send_values(key, image, mean, std, fading, snr_db, num_blocks), 0.0, 1.0)
+
+
+def send_latent(
+    key: Key[Array, ""],
+    latent: Float[Array, "h w c"],
+    statistics: SourceStatistics,
+    fading: Fading,
+    snr_db: Float[ArrayLike, ""],
+    num_blocks: int = 16,
+) -> Float[Array, "h w c"]:
+    """Scheme `latent`: the server sends the raw latent, which the device is left to decode."""
+    mean, std = np.array(statistics.latent_mean), np.array(statistics.latent_std)
+    return send_values(key, latent, mean, std, fading, snr_db, num_blocks)

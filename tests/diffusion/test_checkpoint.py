@@ -1,0 +1,271 @@
+"""Reading and writing weights in diffusers' layout: shards, variants, damage, and strictness."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from megjax.diffusion import checkpoint
+from megjax.diffusion.clip import CLIPTextModel
+from megjax.diffusion.layers import ShapeRngs
+from megjax.diffusion.vae import AutoencoderKL
+
+STEM = checkpoint.UNET_WEIGHTS
+SHARD = "20KB"
+
+
+@pytest.fixture
+def read(tiny_vae):
+    """`read(folder, variant)`: the parameters of the tiny VAE, as a dictionary, loaded from `folder`."""
+
+    def load(folder, variant=None):
+        files = checkpoint.weight_files(folder, STEM, variant)
+        make = lambda: AutoencoderKL(tiny_vae.config, rngs=ShapeRngs())  # noqa: E731
+        return dict(nnx.to_flat_state(checkpoint.load_params(make, files, rename=checkpoint.vae_name)[1]))
+
+    return load
+
+
+@pytest.fixture
+def folder(tiny_vae, tmp_path):
+    """A copy of the tiny VAE's folder that a test may damage."""
+    return shutil.copytree(tiny_vae.folder, tmp_path / "vae")
+
+
+def assert_equal(params, expected):
+    assert params.keys() == expected.keys()
+    for path, value in params.items():
+        assert value[...].dtype == jnp.float32
+        np.testing.assert_array_equal(value[...], expected[path][...])
+
+
+def rewrite(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    path = folder / f"{STEM}.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_single_sharded_and_variant_files_load(tiny_vae, read, tmp_path, sharded, dtype, variant):
+    import copy
+
+    import torch
+
+    model = copy.deepcopy(tiny_vae.torch).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path, variant=variant, **({"max_shard_size": SHARD} if sharded else {}))
+    assert (len(checkpoint.weight_files(tmp_path, STEM, variant)) > 1) == sharded
+    rounded = dict(nnx.to_flat_state(tiny_vae.params))
+    rounded = {k: np.asarray(v[...].astype(dtype).astype(jnp.float32)) for k, v in rounded.items()}
+    assert_equal(read(tmp_path, variant), rounded)
+    # Without a variant named, the only files there are serve.
+    assert_equal(read(tmp_path), rounded)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_sharded_text_encoder_loads(tiny_text, tmp_path, variant):
+    tiny_text.torch.save_pretrained(tmp_path, variant=variant, max_shard_size=SHARD)
+    files = checkpoint.weight_files(tmp_path, checkpoint.TEXT_WEIGHTS, variant)
+    assert len(files) > 1
+    make = lambda: CLIPTextModel(tiny_text.config, rngs=ShapeRngs())  # noqa: E731
+    _, params = checkpoint.load_params(make, files, rename=checkpoint.text_name)
+    assert_equal(dict(nnx.to_flat_state(params)), dict(nnx.to_flat_state(tiny_text.params)))
+
+
+def test_full_precision_is_preferred_and_a_variant_is_never_replaced(folder):
+    assert [file.name for file in checkpoint.weight_files(folder, STEM)] == [f"{STEM}.safetensors"]
+    with pytest.raises(ValueError, match=f"holds no {STEM}.fp16.safetensors"):
+        checkpoint.weight_files(folder, STEM, "fp16")
+    shutil.copy(folder / f"{STEM}.safetensors", folder / f"{STEM}.fp16.safetensors")
+    assert [file.name for file in checkpoint.weight_files(folder, STEM)] == [f"{STEM}.safetensors"]
+    assert [file.name for file in checkpoint.weight_files(folder, STEM, "fp16")] == [f"{STEM}.fp16.safetensors"]
+
+
+def test_parameters_take_the_type_asked_for(tiny_vae, folder):
+    make = lambda: AutoencoderKL(tiny_vae.config, rngs=ShapeRngs())  # noqa: E731
+    files = checkpoint.weight_files(folder, STEM)
+    _, params = checkpoint.load_params(make, files, rename=checkpoint.vae_name, param_dtype=jnp.bfloat16)
+    assert {str(value[...].dtype) for _, value in nnx.to_flat_state(params)} == {"bfloat16"}
+
+
+def test_everything_that_does_not_fit_is_listed_at_once(folder, read):
+    import torch
+
+    def change(tensors):
+        del tensors["decoder.conv_in.weight"], tensors["encoder.conv_out.bias"]
+        tensors["decoder.conv_out.weight"] = torch.zeros(3, 8, 1, 1)
+        tensors["quant_conv.bias"] = torch.zeros(8, 1)
+        tensors["encoder.mid_block.attentions.0.to_q.bias"] = torch.zeros(8, 1, 1)
+        tensors["decoder.mid_block.attentions.0.to_q.weight"] = torch.zeros(8, 8, 1, 2)
+        tensors["loss.discriminator.weight"] = torch.zeros(2)
+
+    rewrite(folder, change)
+    with pytest.raises(ValueError) as error:
+        read(folder)
+    for part in (
+        str(folder),
+        "missing decoder.conv_in.weight",
+        "missing encoder.conv_out.bias",
+        "decoder.conv_out.weight has shape (3, 8, 1, 1), expected (3, 8, 3, 3)",
+        "quant_conv.bias has shape (8, 1), expected (8,)",
+        "encoder.mid_block.attentions.0.to_q.bias has shape (8, 1, 1), expected (8,)",
+        "decoder.mid_block.attentions.0.to_q.weight has shape (8, 8, 1, 2), expected (8, 8)",
+        "extra loss.discriminator.weight",
+    ):
+        assert part in str(error.value)
+    assert str(error.value).count(";") == 6  # and nothing else
+
+
+def test_weights_of_another_width_are_mis_shaped(tiny_vae, make_vae):
+    """A kernel of transposed or otherwise permuted shape must not pass for the right one."""
+    wide = make_vae(block_out_channels=(16,))
+    files = checkpoint.weight_files(wide.folder, STEM)
+    make = lambda: AutoencoderKL(tiny_vae.config, rngs=ShapeRngs())  # noqa: E731
+    with pytest.raises(ValueError, match=r"decoder.conv_in.weight has shape \(16, 4, 3, 3\), expected \(8, 4, 3, 3\)"):
+        checkpoint.load_params(make, files, rename=checkpoint.vae_name)
+
+
+def cut(data):
+    return data[: len(data) // 2]
+
+
+def cut_in_header(data):
+    return data[:40]
+
+
+def empty(data):
+    return b""
+
+
+def garbage(data):
+    return bytes(range(256)) * 20
+
+
+def bad_header(data):
+    return data[:8] + b"#" * (len(data) - 8)
+
+
+def bad_offsets(data):
+    return data.replace(b'"data_offsets":[0,', b'"data_offsets":[9,', 1)
+
+
+def unknown_type(data):
+    return data.replace(b'"F32"', b'"Q32"', 1)
+
+
+@pytest.mark.parametrize("damage", [cut, cut_in_header, empty, garbage, bad_header, bad_offsets, unknown_type])
+def test_a_damaged_file_is_named(folder, read, damage):
+    path = folder / f"{STEM}.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(damage(data))
+    assert path.read_bytes() != data
+    with pytest.raises(ValueError) as error:
+        read(folder)
+    assert str(error.value).startswith(f"{path} is not a whole safetensors file (truncated or corrupted)")
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_shard_is_named(tiny_vae, read, tmp_path):
+    tiny_vae.torch.save_pretrained(tmp_path, max_shard_size=SHARD)
+    last = checkpoint.weight_files(tmp_path, STEM)[-1]
+    last.write_bytes(cut(last.read_bytes()))
+    with pytest.raises(ValueError, match=f"{last} is not a whole safetensors file"):
+        read(tmp_path)
+
+
+def test_a_missing_shard_is_named(tiny_vae, read, tmp_path):
+    tiny_vae.torch.save_pretrained(tmp_path, max_shard_size=SHARD)
+    first = checkpoint.weight_files(tmp_path, STEM)[0]
+    first.unlink()
+    with pytest.raises(ValueError) as error:
+        read(tmp_path)
+    assert first.name in str(error.value)
+    assert f"{STEM}.safetensors.index.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"weight_map": {}}', "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}']
+)
+def test_a_damaged_index_is_named(tmp_path, text):
+    index = tmp_path / f"{STEM}.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(ValueError, match=str(index)):
+        checkpoint.weight_files(tmp_path, STEM)
+
+
+@pytest.mark.parametrize("name", [f"{STEM}.bin", "model.ckpt", "model.pt"])
+def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x80\x04.")
+    with pytest.raises(ValueError) as error:
+        checkpoint.weight_files(tmp_path, STEM)
+    for part in (
+        str(tmp_path),
+        name,
+        "refused",
+        "convert them",
+        "save_pretrained(new_folder, safe_serialization=True)",
+    ):
+        assert part in str(error.value)
+
+
+def test_pickles_beside_safetensors_are_left_alone(folder, read, tiny_vae):
+    (folder / f"{STEM}.bin").write_bytes(b"\x80\x04.")
+    assert_equal(read(folder), dict(nnx.to_flat_state(tiny_vae.params)))
+
+
+def test_missing_and_empty_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match=f"model folder is '{tmp_path / 'none'}'; it must be an existing folder"):
+        checkpoint.weight_files(tmp_path / "none", STEM)
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no {STEM}.safetensors"):
+        checkpoint.weight_files(tmp_path, STEM)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_saved_parameters_come_back_and_open_in_torch(tiny_vae, folder, read, dtype):
+    import torch
+    from diffusers import AutoencoderKL as Reference
+
+    path = folder / f"{STEM}.safetensors"
+    path.unlink()
+    checkpoint.save_params(tiny_vae.params, path, dtype=dtype)
+    expected = dict(nnx.to_flat_state(tiny_vae.params))
+    assert_equal(read(folder), {k: np.asarray(v[...]).astype(dtype).astype(np.float32) for k, v in expected.items()})
+    # Strict: diffusers itself only warns of missing and extra tensors.
+    opened, info = Reference.from_pretrained(folder, output_loading_info=True, low_cpu_mem_usage=False)
+    assert not any(info.values())
+    reference = tiny_vae.torch.state_dict()
+    assert opened.state_dict().keys() == reference.keys()
+    for name, value in opened.state_dict().items():
+        assert torch.equal(value, reference[name].to(getattr(torch, dtype.__name__)).to(value.dtype))
+
+
+def test_saved_names_and_shapes_are_those_of_torch(tiny_unet, tiny_text, tmp_path):
+    import torch
+
+    for port, prefix in ((tiny_unet, ""), (tiny_text, "text_model.")):
+        path = tmp_path / "weights.safetensors"
+        saved = port.state_dict(path)
+        reference = {name.removeprefix("text_model."): value for name, value in port.torch.state_dict().items()}
+        assert saved.keys() == reference.keys()
+        assert all(torch.equal(value, reference[name]) for name, value in saved.items())
+        checkpoint.save_params(port.params, path, prefix=prefix)
+        assert {name for name, _ in checkpoint.read_tensors(path)} == {prefix + name for name in reference}
+
+
+def test_our_index_of_shards_is_that_of_diffusers(tiny_vae, tmp_path, read):
+    tiny_vae.torch.save_pretrained(tmp_path, max_shard_size=SHARD)
+    path = tmp_path / f"{STEM}.safetensors.index.json"
+    theirs = json.loads(path.read_text())
+    path.unlink()
+    checkpoint.write_sharded_index(tmp_path, STEM)
+    ours = json.loads(path.read_text())
+    assert ours["weight_map"] == theirs["weight_map"]
+    assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
+    assert_equal(read(tmp_path), dict(nnx.to_flat_state(tiny_vae.params)))

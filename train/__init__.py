@@ -1,0 +1,1 @@
+"""Command-line programs that train: run as `python -m train.NAME`."""
