@@ -10,7 +10,6 @@ from megjax.configs import read_json, require, write_json
 from megjax.diffusion import checkpoint
 from megjax.diffusion.clip import CLIPTextModel
 from megjax.diffusion.layers import ShapeRngs
-from megjax.diffusion.layers import ShapeRngs
 from megjax.diffusion.schedules import CLASS_NAMES, SchedulerConfig
 from megjax.diffusion.unet import UNet2DConditionModel
 from megjax.diffusion.vae import AutoencoderKL

@@ -20,9 +20,9 @@ WORDS = r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer saved in `folder`; ValueError if its files are missing or damaged."""
-    names = ("vocab.json", "merges.txt") if (folder / "vocab.json").is_file() else ("tokenizer.json",)
-    absent = [name for name in names if not (folder / name).is_file()]
-    require(folder.is_dir() and not absent, f"tokenizer folder {folder}: missing", absent or "it", "no file")
+    absent = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    whole = not absent or (folder / "tokenizer.json").is_file()
+    require(whole, f"tokenizer folder {folder}: missing", absent, "no file, or tokenizer.json in their place")
     try:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many kinds for damaged files

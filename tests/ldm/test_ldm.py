@@ -1,0 +1,95 @@
+"""Tests of the bundled model's training: every stage end to end at tiny size, resumed, exported and opened."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from megjax.configs import read_json
+from megjax.data import scenes
+from megjax.diffusion.pipeline import StableDiffusion
+from megjax.ldm import fitting, stages
+from megjax.ldm.quality import measure, ratio_interval
+from megjax.ldm.recipe import MAX_TOKENS, PRESETS
+from megjax.metrics import SceneNet
+from megjax.system import SourceStatistics
+from train.ldm import Arguments, main
+
+STAGES = ("vae", "scenenet", "unet")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Run folder of the tiny preset, all stages finished."""
+    folder = tmp_path_factory.mktemp("ldm")
+    main(Arguments(preset="tiny", folder=folder))
+    return folder
+
+
+def test_every_stage_logs_checkpoints_and_grids(trained):
+    for stage in STAGES:
+        rows = [json.loads(line) for line in (trained / stage / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [2, 4, 6]
+        assert all(np.isfinite(row["loss"]) for row in rows)
+        assert (trained / stage / "checkpoints" / "6").is_dir()
+    assert list((trained / "vae" / "grids").glob("*.png")) and list((trained / "unet" / "grids").glob("*.png"))
+
+
+def test_the_same_command_again_changes_nothing(trained):
+    files = [path for path in (trained / "model").rglob("*.safetensors")]
+    before = {path: path.read_bytes() for path in files}
+    main(Arguments(preset="tiny", folder=trained))
+    assert len(before) == 4
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_the_export_opens_and_measures(trained):
+    pipe = StableDiffusion.from_pretrained(trained / "model")
+    scenenet = SceneNet.load(trained / "model" / "scenenet")
+    figures = measure(pipe, scenenet, 4, batch=2, num_steps=2)
+    assert 0 <= figures["generated_accuracy"]["mean"] <= 1
+    assert figures["vae_psnr_db"]["n"] == 4
+    assert len(figures["by_attribute"]) == len(scenes.ATTRIBUTES)
+    with pytest.raises(ValueError, match="num is 5"):
+        measure(pipe, scenenet, 5, batch=2)
+
+
+def test_latents_have_unit_variance_under_the_stored_constants(trained):
+    recipe = PRESETS["tiny"]
+    factor = read_json(trained / "model" / "vae" / "config.json")["scaling_factor"]
+    data = fitting.encode_scenes(recipe, trained, None, None)  # read back from the run folder
+    noise = np.random.default_rng(0).standard_normal(data["mean"].shape)
+    samples = factor * (data["mean"] + np.exp(0.5 * data["log_variance"]) * noise)
+    statistics = SourceStatistics.load(trained / "model")
+    whitened = (samples - np.array(statistics.latent_mean)) / np.array(statistics.latent_std)
+    per_image = np.square(whitened).mean((1, 2, 3))
+    assert abs(per_image.mean() - 1) < 4 * per_image.std() / np.sqrt(len(per_image))
+    assert abs(samples.std() - 1) < 4 * per_image.std() / np.sqrt(len(per_image))
+
+
+def test_captions_fit_the_tokenizer_as_one_token_a_word(trained):
+    tokenizer = fitting.prepare_tokenizer(trained)
+    drawn = jax.vmap(lambda k: scenes.sample_scene(k, "held_out"))(jax.random.split(jax.random.key(3), 300))
+    lengths = [len(tokenizer(caption)["input_ids"]) for row in fitting.captions_of(drawn) for caption in row]
+    assert max(lengths) <= MAX_TOKENS
+    assert len(tokenizer("a large purple balloon")["input_ids"]) == 4 + 2
+
+
+def test_scenenet_sees_both_splits(monkeypatch):
+    seen = []
+    draw = stages.draw_scenes
+    monkeypatch.setattr(stages, "draw_scenes", lambda *a: (seen.append((a[1], *a[3:])), draw(*a))[1])
+    graph, params = stages.nnx.split(SceneNet(PRESETS["tiny"].scenenet_config, stages.nnx.Rngs(0)))
+    jax.eval_shape(stages.scenenet_loss(graph, 5, 16), params, (), jax.random.key(0))
+    assert seen == [(3,), (2, "held_out")]
+
+
+def test_ratio_interval_brackets_the_ratio():
+    rng = np.random.default_rng(0)
+    stated = rng.integers(6, 13, 500)
+    result = ratio_interval(rng.binomial(stated, 0.9), stated)
+    assert result["low"] < result["mean"] < result["high"]
+    # Half-width of the normal approximation: 1.96 sqrt(p q / total), whatever an image's share of the total.
+    expected = 1.96 * np.sqrt(0.09 / stated.sum())
+    assert 0.7 * expected < (result["high"] - result["low"]) / 2 < 1.4 * expected
