@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
+from clu import parameter_overview
 from jaxtyping import Array, Float, Int, Key, PyTree
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -144,6 +145,13 @@ def check_same_run(folder: Path, description: Any) -> None:
         raise ValueError(f"{folder} holds a run with other settings ({', '.join(names)}); choose another folder")
 
 
+def describe_parameters(params: PyTree) -> str:
+    """A table of every parameter's name, shape, dtype and size, and their total."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): x for path, x in leaves}
+    return parameter_overview.get_parameter_overview(named, include_stats=False) + "\n"
+
+
 def fit(
     loss_fn: LossFn,
     params: PyTree,
@@ -163,6 +171,7 @@ def fit(
     """
     folder = Path(folder).absolute()
     check_same_run(folder, {**(description or {}), "fit": dataclasses.asdict(config)})
+    (folder / "parameters.txt").write_text(describe_parameters(params))
     state = init_state(config, params)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     with ocp.CheckpointManager(folder / "checkpoints", options=options) as manager:

@@ -47,6 +47,7 @@ def test_it_minimises_and_logs(tmp_path):
     assert log[-1]["loss"] < 0.01 * log[0]["loss"]
     assert {"loss", "distance", "grad_norm"} <= log[0].keys()
     assert any((tmp_path / "tensorboard").iterdir())
+    assert "Total: 3" in (tmp_path / "parameters.txt").read_text()
 
 
 @pytest.mark.parametrize("per_dispatch", [1, 4])

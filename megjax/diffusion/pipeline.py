@@ -162,8 +162,8 @@ class StableDiffusion:
     def generate_latents(
         self,
         key: Key[Array, ""],
-        ids: Int[Array, "b l"],
-        negative_ids: Int[Array, "b l"] | None = None,
+        ids: Int[Array | np.ndarray, "b l"],
+        negative_ids: Int[Array | np.ndarray, "b l"] | None = None,
         *,
         num_steps: int = 25,
         guidance_scale: float = 5.0,
@@ -190,8 +190,8 @@ class StableDiffusion:
     def generate(
         self,
         key: Key[Array, ""],
-        ids: Int[Array, "b l"],
-        negative_ids: Int[Array, "b l"] | None = None,
+        ids: Int[Array | np.ndarray, "b l"],
+        negative_ids: Int[Array | np.ndarray, "b l"] | None = None,
         *,
         num_steps: int = 25,
         guidance_scale: float = 5.0,

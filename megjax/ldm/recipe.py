@@ -47,7 +47,7 @@ class Recipe:
         batch=64, fit=FitConfig(num_steps=1_500, learning_rate=2e-3, warmup_steps=100, weight_decay=1e-2, seed=1)
     )
     unet: StageConfig = StageConfig(
-        batch=32, fit=FitConfig(num_steps=6_500, learning_rate=1e-3, warmup_steps=300, ema_decay=0.998, seed=2)
+        batch=32, fit=FitConfig(num_steps=6_000, learning_rate=1e-3, warmup_steps=300, ema_decay=0.998, seed=2)
     )
 
     def __post_init__(self):

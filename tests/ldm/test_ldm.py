@@ -37,7 +37,7 @@ def test_every_stage_logs_checkpoints_and_grids(trained):
 
 
 def test_the_same_command_again_changes_nothing(trained):
-    files = [path for path in (trained / "model").rglob("*.safetensors")]
+    files = list((trained / "model").rglob("*.safetensors"))
     before = {path: path.read_bytes() for path in files}
     main(Arguments(preset="tiny", folder=trained))
     assert len(before) == 4
