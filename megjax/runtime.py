@@ -13,3 +13,8 @@ def enable_compilation_cache() -> Path:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return folder
+
+
+def use_cpu_devices(num: int) -> None:
+    """Let JAX's CPU backend show `num` devices (at most one a core), before any array is made; others ignore it."""
+    jax.config.update("jax_num_cpu_devices", max(1, min(num, os.cpu_count() or 1)))

@@ -21,6 +21,7 @@ from megjax.diffusion.vae import AutoencoderKL
 from megjax.ldm import fitting, stages
 from megjax.ldm.grids import save_grid
 from megjax.ldm.recipe import PRESETS, Recipe
+from megjax.runtime import enable_compilation_cache, use_cpu_devices
 
 GRID = 32
 
@@ -94,7 +95,10 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
+    arguments = tyro.cli(Arguments, description=__doc__)
+    use_cpu_devices(PRESETS[arguments.preset].unet.num_shards)
+    enable_compilation_cache()
     try:
-        main(tyro.cli(Arguments, description=__doc__))
+        main(arguments)
     except ValueError as error:
         sys.exit(f"train.ldm: {error}")

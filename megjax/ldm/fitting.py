@@ -145,13 +145,14 @@ def train_unet(
 
     empty: Int[Array, " l"] = jnp.asarray(tokenize(tokenizer, [""])[0])
     levels = jnp.asarray(alphas_cumprod(configs.scheduler), jnp.float32)
-    loss_fn = stages.unet_loss((text_graph, unet_graph), levels, factor, recipe.unet.batch, empty)
+    share = recipe.unet.batch // recipe.unet.num_shards
+    loss_fn = stages.unet_loss((text_graph, unet_graph), levels, factor, share, empty)
     description = {
         "image_size": recipe.image_size,
         "widths": recipe.unet_widths,
         "text": [recipe.text_width, recipe.text_layers, vocab_size],
         "num_images": recipe.num_images,
-        "batch": recipe.unet.batch,
+        "batch": [recipe.unet.batch, recipe.unet.num_shards],
         "scaling_factor": factor,
     }
     state = fit(
@@ -160,10 +161,13 @@ def train_unet(
         jax.tree.map(jnp.asarray, host),
         recipe.unet.fit,
         folder / "unet",
+        num_shards=recipe.unet.num_shards,
         description=description,
-        on_checkpoint=None if on_checkpoint is None else lambda state: on_checkpoint(model(state.ema)),
+        on_checkpoint=None
+        if on_checkpoint is None
+        else lambda state: on_checkpoint(model(jax.device_put(state.ema, jax.devices()[0]))),
     )
-    return model(state.ema)
+    return model(jax.device_put(state.ema, jax.devices()[0]))
 
 
 def source_statistics(recipe: Recipe, data: dict, factor: float, num_images: int = 2000) -> SourceStatistics:

@@ -16,13 +16,16 @@ MAX_TOKENS = 48
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """One training stage: its batch size and its fit."""
+    """One training stage: its batch size, the number of shares it is drawn in, and its fit."""
 
     batch: int = 16
+    num_shards: int = 1
     fit: FitConfig = dataclasses.field(default_factory=FitConfig)
 
     def __post_init__(self):
         require(self.batch >= 1, "batch", self.batch, "at least 1")
+        divides = self.num_shards >= 1 and self.batch % self.num_shards == 0
+        require(divides, "num_shards", self.num_shards, f"a divisor of the batch, {self.batch}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,9 @@ class Recipe:
         batch=64, fit=FitConfig(num_steps=1_500, learning_rate=2e-3, warmup_steps=100, weight_decay=1e-2, seed=1)
     )
     unet: StageConfig = StageConfig(
-        batch=32, fit=FitConfig(num_steps=6_000, learning_rate=1e-3, warmup_steps=300, ema_decay=0.998, seed=2)
+        batch=32,
+        num_shards=2,
+        fit=FitConfig(num_steps=5_600, learning_rate=1e-3, warmup_steps=300, ema_decay=0.998, seed=2),
     )
 
     def __post_init__(self):
@@ -117,9 +122,9 @@ PRESETS = {
         text_width=192,
         text_layers=4,
         num_images=200_000,
-        vae=StageConfig(32, FitConfig(num_steps=40_000, learning_rate=5e-4, warmup_steps=500, clip_norm=0.3)),
-        scenenet=StageConfig(64, FitConfig(num_steps=4_000, learning_rate=1e-3, weight_decay=1e-2, seed=1)),
-        unet=StageConfig(128, FitConfig(num_steps=60_000, learning_rate=5e-4, warmup_steps=1000, seed=2)),
+        vae=StageConfig(32, 1, FitConfig(num_steps=40_000, learning_rate=5e-4, warmup_steps=500, clip_norm=0.3)),
+        scenenet=StageConfig(64, 1, FitConfig(num_steps=4_000, learning_rate=1e-3, weight_decay=1e-2, seed=1)),
+        unet=StageConfig(128, 2, FitConfig(num_steps=60_000, learning_rate=5e-4, warmup_steps=1000, seed=2)),
     ),
     "tiny": Recipe(
         image_size=16,
@@ -128,9 +133,9 @@ PRESETS = {
         text_width=16,
         text_layers=1,
         num_images=200,
-        vae=StageConfig(4, FitConfig(num_steps=6, warmup_steps=1, log_every=2)),
-        scenenet=StageConfig(4, FitConfig(num_steps=6, warmup_steps=1, log_every=2, seed=1)),
-        unet=StageConfig(4, FitConfig(num_steps=6, warmup_steps=1, log_every=2, seed=2)),
+        vae=StageConfig(4, 1, FitConfig(num_steps=6, warmup_steps=1, log_every=2)),
+        scenenet=StageConfig(4, 1, FitConfig(num_steps=6, warmup_steps=1, log_every=2, seed=1)),
+        unet=StageConfig(4, 2, FitConfig(num_steps=6, warmup_steps=1, log_every=2, seed=2)),
     ),
 }
 """`scenes` is what ships; `scenes128` needs a GPU; `tiny` runs every line of code in a minute and learns nothing."""
