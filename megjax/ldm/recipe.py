@@ -42,7 +42,7 @@ class Recipe:
     unet_widths: tuple[int, int] = (96, 160)
     text_width: int = 128
     text_layers: int = 2
-    num_images: int = 40_000
+    num_images: int = 32_000
     vae: StageConfig = StageConfig(
         batch=16, fit=FitConfig(num_steps=4_400, learning_rate=1.5e-3, warmup_steps=100, ema_decay=0.995)
     )
@@ -52,7 +52,7 @@ class Recipe:
     unet: StageConfig = StageConfig(
         batch=32,
         num_shards=2,
-        fit=FitConfig(num_steps=5_600, learning_rate=1e-3, warmup_steps=300, ema_decay=0.998, seed=2),
+        fit=FitConfig(num_steps=4_800, learning_rate=1e-3, warmup_steps=300, ema_decay=0.998, seed=2),
     )
 
     def __post_init__(self):

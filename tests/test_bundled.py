@@ -1,0 +1,81 @@
+"""Tests of the model that ships: its size, its agreement with diffusers, and that it draws what it is told."""
+
+import jax
+import numpy as np
+import pytest
+
+from megjax.data import scenes
+from megjax.diffusion.layout import locate
+from megjax.diffusion.pipeline import StableDiffusion
+from megjax.ldm.quality import measure
+from megjax.metrics import SceneNet
+from megjax.system import SourceStatistics
+
+FOLDER = locate("scenes")
+MEGABYTE = 2**20
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return StableDiffusion.from_pretrained("scenes")
+
+
+def test_it_is_small_and_in_half_precision():
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20 * MEGABYTE
+    weights = {path.relative_to(FOLDER).as_posix() for path in files if path.suffix == ".safetensors"}
+    assert weights == {
+        "text_encoder/model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "scenenet/model.safetensors",
+    }
+
+
+def test_diffusers_opens_it_and_draws_the_same_image(pipe):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    reference = diffusers.StableDiffusionPipeline.from_pretrained(str(FOLDER), variant="fp16").to(torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    noise = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
+    prompts = list(scenes.DEFAULT_PROMPTS[:2])
+    expected = reference(
+        prompts,
+        num_inference_steps=25,
+        guidance_scale=5.0,
+        latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
+        output_type="np",
+    ).images
+    images = pipe.generate(jax.random.key(0), pipe.tokenize(prompts), initial_noise=jax.numpy.asarray(noise))
+    assert expected.std() > 0.1
+    # The bound of every sampler's parity test; 25 guided steps amplify float32 rounding.
+    assert np.abs(np.asarray(images) - expected).max() <= 2e-3
+
+
+def test_quality_on_held_out_captions(pipe):
+    figures = measure(pipe, SceneNet.load(FOLDER / "scenenet"), 100, batch=50)
+    assert figures["vae_psnr_db"]["mean"] >= 28
+    # What `make quality` must reach on 2,000 captions; here the upper ends of intervals over 100.
+    assert figures["real_accuracy"]["high"] >= 0.98
+    assert figures["generated_accuracy"]["high"] >= 0.90
+
+
+def test_another_prompt_is_another_image(pipe):
+    noise = jax.random.normal(jax.random.key(1), (1, 8, 8, 4))
+    day, night = (
+        pipe.generate(
+            jax.random.key(0), pipe.tokenize([f"a red house, large, in the centre, {when}"]), initial_noise=noise
+        )
+        for when in ("a meadow under a clear daytime sky", "a meadow under a clear night sky")
+    )
+    assert np.asarray(day)[:, :20].mean() > np.asarray(night)[:, :20].mean() + 0.2  # the sky
+
+
+def test_its_latents_have_the_stored_statistics(pipe):
+    statistics = SourceStatistics.load(FOLDER)
+    keys = jax.random.split(jax.random.key(2), 200)
+    draw = jax.jit(jax.vmap(lambda k: scenes.render(k, scenes.sample_scene(jax.random.fold_in(k, 1)))))
+    latents = np.asarray(pipe.encode(draw(keys)))
+    per_image = np.square((latents - statistics.latent_mean) / np.array(statistics.latent_std)).mean((1, 2, 3))
+    # Posterior means lack the posterior's own variance, which is small against one.
+    assert 0.8 < per_image.mean() < 1 + 4 * per_image.std() / np.sqrt(len(per_image))
