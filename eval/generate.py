@@ -1,6 +1,7 @@
 """Generate images from prompts at the server and receive them over Rayleigh fading, by two schemes at several SNRs."""
 
 import dataclasses
+import itertools
 import math
 import sys
 import time
@@ -21,12 +22,10 @@ from megjax.data import scenes
 from megjax.diffusion.layout import locate
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.metrics import SceneNet, psnr, ssim
-from megjax.metrics.scenenet import predict
-from megjax.runtime import enable_compilation_cache
-from megjax.system import SCHEMES, SourceStatistics, num_symbols, send_image, send_latent
+from megjax.metrics.scenenet import caption_accuracy, predict
+from megjax.runtime import check_seed, command
+from megjax.system import NUM_BLOCKS, SCHEMES, SourceStatistics, num_symbols, send_image, send_latent
 from megjax.units import check_snr_db
-
-NUM_BLOCKS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,45 +63,44 @@ def prepare_output(folder: Path) -> None:
 
 def receive(pipe: StableDiffusion, statistics: SourceStatistics, key, latents, snr_db: np.ndarray) -> dict:
     """Images on the device by scheme, [s b H W 3]; image i sees the same gains under every scheme and SNR."""
-    fading, keys = RayleighFading(), jax.random.split(key, latents.shape[0])
+    fading = RayleighFading()
     images = pipe.decode(latents)
 
-    def over(send, values):
-        per_image = jax.vmap(lambda k, value, snr: send(k, value, statistics, fading, snr, NUM_BLOCKS), (0, 0, None))
-        return jax.jit(jax.vmap(per_image, (None, None, 0)))(keys, values, jnp.asarray(snr_db, jnp.float32))
+    def link(i, latent, image, snr):
+        image_key = jax.random.fold_in(key, i)
+        by_latent = send_latent(image_key, latent, statistics, fading, snr)
+        return by_latent, send_image(jax.random.clone(image_key), image, statistics, fading, snr)
 
-    received = over(send_latent, latents)
-    decoded = pipe.decode(received.reshape(-1, *latents.shape[1:]))
-    return {
-        "centralized": over(send_image, images),
-        "latent": decoded.reshape(len(snr_db), *images.shape),
-    }
+    over_images = jax.vmap(link, (0, 0, 0, None))
+    over_snrs = jax.jit(jax.vmap(over_images, (None, None, None, 0)))
+    sent = over_snrs(jnp.arange(len(latents)), latents, images, jnp.asarray(snr_db, jnp.float32))
+    decoded = pipe.decode(sent[0].reshape(-1, *latents.shape[1:]))
+    return {"centralized": sent[1], "latent": decoded.reshape(len(snr_db), *images.shape)}
 
 
-def accuracies(model: SceneNet | None, prompts: tuple[str, ...], images) -> list[float | None]:
-    """Share of what each prompt states that its image [b H W 3] shows; None where there is nothing to check."""
+def accuracies(model: SceneNet | None, prompts: tuple[str, ...], images) -> np.ndarray:
+    """Share of what each prompt states that its images [s b H W 3] show, [s b]; NaN where there is nothing to check."""
     if model is None:
-        return [None] * len(prompts)
-    found = np.asarray(jax.jit(predict)(model, images))
-    results = []
-    for prompt, row in zip(prompts, found, strict=True):
-        labels, stated = scenes.parse_caption(prompt).labels()
-        results.append(float(np.mean((row == labels)[stated])) if stated.any() else None)
-    return results
+        return np.full(images.shape[:2], np.nan)
+    parsed = [scenes.parse_caption(prompt).labels() for prompt in prompts]
+    labels, stated = (jnp.asarray(np.stack(parts)) for parts in zip(*parsed, strict=True))
+    over_snrs = jax.jit(jax.vmap(lambda batch: caption_accuracy(predict(model, batch), labels, stated)[0]))
+    return np.asarray(over_snrs(images))
 
 
 def score(model, prompts, snr_db, reference, received: dict, symbols: dict) -> list[dict]:
     """One row per prompt, scheme and SNR, against the server's own image."""
+    over_images = jax.vmap(lambda a, b: (psnr(a, b), ssim(a, b)))
+    compare = jax.jit(jax.vmap(over_images, (None, 0)))
     rows = []
     for scheme, images in received.items():
-        for level, batch in zip(snr_db, images, strict=True):
-            quality = np.asarray(jax.jit(jax.vmap(psnr))(reference, batch))
-            likeness = np.asarray(jax.jit(jax.vmap(ssim))(reference, batch))
-            accuracy = accuracies(model, prompts, batch)
-            for i, prompt in enumerate(prompts):
-                row = {"prompt": prompt, "scheme": scheme, "snr_db": float(level), "num_symbols": symbols[scheme]}
-                row |= {"psnr_db": float(quality[i]), "ssim": float(likeness[i]), "caption_accuracy": accuracy[i]}
-                rows.append(row)
+        quality, likeness = (np.asarray(values) for values in compare(reference, images))
+        accuracy = accuracies(model, prompts, images)
+        for (s, level), (i, prompt) in itertools.product(enumerate(snr_db), enumerate(prompts)):
+            row = {"prompt": prompt, "scheme": scheme, "snr_db": float(level), "num_symbols": symbols[scheme]}
+            row |= {"psnr_db": float(quality[s, i]), "ssim": float(likeness[s, i])}
+            share = float(accuracy[s, i])
+            rows.append({**row, "caption_accuracy": None if np.isnan(share) else share})
     return rows
 
 
@@ -132,8 +130,9 @@ def draw(path: Path, prompts, snr_db, reference, received: dict, symbols: dict) 
 
 def show(rows: list[dict], folder: Path) -> None:
     """Print the mean over prompts of each scheme and SNR, and where the files are."""
-    table = Table("scheme", "symbols", "SNR (dB)", "PSNR (dB)", "SSIM", "caption accuracy")
     frame = pd.DataFrame(rows).astype({"caption_accuracy": float})
+    title = f"means over {frame.prompt.nunique()} prompts, one channel realisation each"
+    table = Table("scheme", "symbols", "SNR (dB)", "PSNR (dB)", "SSIM", "caption accuracy", title=title)
     means = frame.groupby(["scheme", "num_symbols", "snr_db"], sort=False).mean(numeric_only=True).reset_index()
     for row in means.itertuples():
         accuracy = "-" if np.isnan(row.caption_accuracy) else f"{100 * row.caption_accuracy:.0f} %"
@@ -151,11 +150,14 @@ def run(args: Arguments) -> list[dict]:
     for prompt in args.prompts:
         require(bool(prompt.strip()), "prompt", prompt, "text that is not blank")
     require(math.isfinite(args.guidance), "--guidance", args.guidance, "a finite number")
-    require(0 <= args.seed < 2**32, "--seed", args.seed, "in [0, 2^32)")
+    check_seed(args.seed)
     folder = locate(args.model)
     prepare_output(args.output)
     pipe = StableDiffusion.from_pretrained(folder)
     pipe.sampler(args.sampler, args.steps)
+    symbols = {scheme: num_symbols(scheme, (*pipe.image_size, 3), pipe.latent_shape()) for scheme in SCHEMES}
+    fills = min(symbols.values()) >= NUM_BLOCKS
+    require(fills, "--model", args.model, f"a model whose latent fills {NUM_BLOCKS} fading blocks, not {symbols}")
     statistics = SourceStatistics.load(folder, pipe.configs.vae.latent_channels)
     scenenet = SceneNet.load(folder / "scenenet") if (folder / "scenenet").is_dir() else None
 
@@ -168,7 +170,6 @@ def run(args: Arguments) -> list[dict]:
     reference = pipe.decode(latents).block_until_ready()
     print(f"{len(args.prompts)} images generated in {time.perf_counter() - started:.1f} s, compilation included")
     received = receive(pipe, statistics, channel_key, latents, snr_db)
-    symbols = {scheme: num_symbols(scheme, reference.shape[1:], latents.shape[1:]) for scheme in SCHEMES}
     rows = score(scenenet, args.prompts, snr_db, reference, received, symbols)
     write_json(args.output / "metrics.json", rows)
     draw(args.output / "grid.png", args.prompts, snr_db, reference, received, symbols)
@@ -178,12 +179,7 @@ def run(args: Arguments) -> list[dict]:
 
 def main() -> None:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    args = tyro.cli(Arguments, description=__doc__)
-    enable_compilation_cache()
-    try:
-        run(args)
-    except ValueError as error:
-        sys.exit(f"eval.generate: {error}")
+    command("eval.generate", lambda: run(tyro.cli(Arguments, description=__doc__)))
 
 
 if __name__ == "__main__":

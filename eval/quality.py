@@ -1,7 +1,6 @@
 """Measure a scenes model on held-out captions: VAE PSNR, caption accuracy and Frechet distance, with intervals."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
@@ -12,7 +11,7 @@ from megjax.diffusion.layout import locate
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.ldm.quality import measure
 from megjax.metrics import SceneNet
-from megjax.runtime import enable_compilation_cache
+from megjax.runtime import check_seed, command
 
 UNITS = {"vae_psnr_db": ("dB", 1.0), "scenenet_frechet_distance": ("", 1.0)}
 
@@ -26,9 +25,13 @@ class Arguments:
     num: int = 2000
     """Held-out captions; a multiple of 50."""
     steps: int = 25
+    """Denoising steps."""
     guidance: float = 5.0
+    """Classifier-free guidance scale."""
     sampler: str | None = None
+    """ddim, pndm, euler, euler_ancestral or dpm++; default: the model's own."""
     seed: int = 0
+    """Seed of scenes and images."""
     output: Path = Path("outputs/quality.json")
     """JSON file for the figures."""
 
@@ -36,6 +39,8 @@ class Arguments:
 def run(args: Arguments) -> None:
     folder = locate(args.model)
     require((folder / "scenenet").is_dir(), "--model", args.model, "a model with a scenenet folder")
+    require(not args.output.is_dir(), "--output", str(args.output), "a file")
+    check_seed(args.seed)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     pipe, scenenet = StableDiffusion.from_pretrained(folder), SceneNet.load(folder / "scenenet")
     options = {"num_steps": args.steps, "guidance_scale": args.guidance, "sampler": args.sampler, "seed": args.seed}
@@ -53,12 +58,7 @@ def run(args: Arguments) -> None:
 
 
 def main() -> None:
-    args = tyro.cli(Arguments, description=__doc__)
-    enable_compilation_cache()
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"eval.quality: {error}")
+    command("eval.quality", lambda: run(tyro.cli(Arguments, description=__doc__)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ _EXPORTS = {
     "StableDiffusion": "megjax.diffusion.pipeline",
     "FlaxStableDiffusion": "megjax.diffusion.pipeline",
 }
-_MODULES = ("channel", "data", "diffusion", "metrics", "system", "training", "units")
+_MODULES = ("channel", "configs", "data", "diffusion", "ldm", "metrics", "system", "training", "units")
 
 
 def __getattr__(name: str):

@@ -56,12 +56,24 @@ def from_mapping(
         raise ValueError(f"{source}: missing {', '.join(missing)}" if missing else f"{source}: {error}") from error
 
 
+def require_positive_integers(config: Any, source: str, names: Collection[str]) -> None:
+    """ValueError unless each of these settings, or each item of it, is an integer of at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        items = value if isinstance(value, tuple) else (value,)
+        valid = bool(items) and all(isinstance(item, int) and not isinstance(item, bool) and item > 0 for item in items)
+        kind = "a tuple of positive integers" if isinstance(value, tuple) else "a positive integer"
+        require(valid, f"{source}: {name}", value, kind)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file `path`; ValueError naming the file when it is absent or not a JSON object."""
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
@@ -70,7 +82,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write `values` as indented JSON with sorted keys, replacing `path` in one step."""
+    """Write `values` as indented JSON with sorted keys, in one step; ValueError on NaN and infinities."""
+    write_text(path, json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write the whole file in one step: a kill leaves the old one or the new one."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    part.write_text(text)
     part.replace(path)

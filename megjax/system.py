@@ -14,6 +14,8 @@ from megjax.configs import from_mapping, read_json, require, write_json
 from megjax.units import noise_var_from_snr_db
 
 SCHEMES = ("centralized", "latent")
+NUM_BLOCKS = 16
+"""Fading blocks per image, T, unless said otherwise."""
 STATISTICS_NAME = "source_statistics.json"
 
 
@@ -67,7 +69,7 @@ def send_values(
     std: ArrayLike,
     fading: Fading,
     snr_db: Float[ArrayLike, ""],
-    num_blocks: int = 16,
+    num_blocks: int = NUM_BLOCKS,
     mapping: str = "interleaved",
 ) -> Float[Array, "*d c"]:
     """Analog transmission at equal power, p_t = 1, of values with these per-channel constants; LMMSE-received.
@@ -92,7 +94,7 @@ def send_image(
     statistics: SourceStatistics,
     fading: Fading,
     snr_db: Float[ArrayLike, ""],
-    num_blocks: int = 16,
+    num_blocks: int = NUM_BLOCKS,
 ) -> Float[Array, "h w c"]:
     """Scheme `centralized`, analog: the server finishes the image and sends its pixels; the result is in [0, 1]."""
     mean, std = np.array(statistics.pixel_mean), np.array(statistics.pixel_std)
@@ -105,7 +107,7 @@ def send_latent(
     statistics: SourceStatistics,
     fading: Fading,
     snr_db: Float[ArrayLike, ""],
-    num_blocks: int = 16,
+    num_blocks: int = NUM_BLOCKS,
 ) -> Float[Array, "h w c"]:
     """Scheme `latent`: the server sends the raw latent, which the device is left to decode."""
     mean, std = np.array(statistics.latent_mean), np.array(statistics.latent_std)

@@ -14,11 +14,11 @@ import optax
 import orbax.checkpoint as ocp
 from clu import parameter_overview
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from megjax.configs import read_json, require, write_json
+from megjax.configs import read_json, require, write_json, write_text
 
 LossFn = Callable[[PyTree, PyTree, Key[Array, ""]], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 
@@ -29,8 +29,9 @@ class FitConfig:
 
     The learning rate rises linearly over `warmup_steps` and falls to zero by a cosine at `num_steps`. `ema_decay` is
     the decay of the parameter average, smaller at first: min(ema_decay, (1 + step) / (10 + step)).
-    `steps_per_dispatch` 0 means 1 on CPU and 100 elsewhere: XLA:CPU runs the gradient of a convolution inside a loop
-    tens of times slower.
+    A dispatch runs `steps_per_dispatch` steps, but never past a log line; 0 means 1 on CPU and 100 elsewhere, since
+    XLA:CPU runs the gradient of a convolution inside a loop tens of times slower. The first step, at the foot of the
+    warm-up, has learning rate 0.
     """
 
     num_steps: int = 10_000
@@ -51,6 +52,8 @@ class FitConfig:
         require(self.clip_norm > 0, "clip_norm", self.clip_norm, "positive")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        require(self.checkpoint_minutes >= 0, "checkpoint_minutes", self.checkpoint_minutes, "at least 0")
         require(self.steps_per_dispatch >= 0, "steps_per_dispatch", self.steps_per_dispatch, "at least 0")
 
     @property
@@ -149,7 +152,7 @@ class MetricsLog:
                         kept.append(line)
                 except json.JSONDecodeError:
                     break  # the line that a kill cut short is the last one
-        self.path.write_text("".join(line + "\n" for line in kept))
+        write_text(self.path, "".join(line + "\n" for line in kept))
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -169,8 +172,16 @@ def check_same_run(folder: Path, description: Any) -> None:
     if not path.exists():
         write_json(path, description)
     elif (found := read_json(path)) != description:
-        names = sorted(k for k in {*found, *description} if found.get(k) != description.get(k))
+        old, new = _flatten(found), _flatten(description)
+        names = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
         raise ValueError(f"{folder} holds a run with other settings ({', '.join(names)}); choose another folder")
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def describe_parameters(params: PyTree) -> str:
@@ -194,15 +205,16 @@ def fit(
     """Minimise `loss_fn(params, data, key) -> (loss, metrics)` and return the final state.
 
     Continues from the newest checkpoint in `folder`, to the bit as if it had never stopped; `params` are the start of a
-    new run. A step averages `num_shards` draws of the loss, over all devices (see `data_parallel`); a run resumed on
+    new run. A step averages `num_shards` draws of the loss, over the devices (see `data_parallel`); a run resumed on
     another number of devices goes on with the same draws. `description` is what besides `config` must agree for a
-    resume. `on_checkpoint` is called after each save.
+    resume. `on_checkpoint` is called after each save. `seconds.json` says how long the steps so far have taken,
+    compilation included.
 
     Raises ValueError if `folder` holds a run with other settings.
     """
     folder = Path(folder).absolute()
     check_same_run(folder, {**(description or {}), "fit": dataclasses.asdict(config)})
-    (folder / "parameters.txt").write_text(describe_parameters(params))
+    write_text(folder / "parameters.txt", describe_parameters(params))
     state = init_state(config, params)
     if num_shards > 1:
         state, data = jax.device_put((state, data), NamedSharding(data_mesh(num_shards), PartitionSpec()))
@@ -220,8 +232,10 @@ def fit(
 def _run(loss_fn, state, data, config, folder, manager, on_checkpoint) -> FitState:
     chunk, key = make_chunk(config, loss_fn), jax.random.key(config.seed)
     per_dispatch = config.steps_per_dispatch or (1 if jax.default_backend() == "cpu" else 100)
-    step: Int = int(state.step)
+    step = int(state.step)
     log, waiting, saved_at = MetricsLog(folder, step), [], time.monotonic()
+    clock = folder / "seconds.json"
+    spent, started = (read_json(clock)["seconds"] if step and clock.is_file() else 0.0), time.monotonic()
     with tqdm(total=config.num_steps, initial=step, desc=folder.name, mininterval=5, dynamic_ncols=True) as bar:
         while step < config.num_steps:
             # Chunks end on the same boundaries wherever a run was resumed, so that the logged means agree too.
@@ -240,6 +254,7 @@ def _run(loss_fn, state, data, config, folder, manager, on_checkpoint) -> FitSta
                 if overdue or step == config.num_steps:
                     manager.save(step, args=ocp.args.StandardSave(state))
                     manager.wait_until_finished()
+                    write_json(clock, {"step": step, "seconds": round(spent + time.monotonic() - started, 1)})
                     saved_at = time.monotonic()
                     if on_checkpoint is not None:
                         on_checkpoint(state)

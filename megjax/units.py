@@ -4,6 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
+MAX_SNR_DB = 300
+"""Beyond it 10^(snr_db / 10) leaves the range of float32 (10^38) with the powers and gains that multiply it."""
+
 
 def db_to_linear(value_db: ArrayLike) -> Float[Array, "*s"]:
     """Power ratio 10^(value_db / 10), elementwise."""
@@ -23,7 +26,7 @@ def noise_var_from_snr_db(snr_db: ArrayLike) -> Float[Array, "*s"]:
 def check_snr_db(snr_db) -> np.ndarray:
     """`snr_db` (a number, a numeric string, or a nested list or array of them) as a float64 NumPy array.
 
-    For use outside jit. Raises ValueError when any entry is not a finite number.
+    For use outside jit. Raises ValueError when any entry is not a number within +-`MAX_SNR_DB`.
     """
     try:
         values = np.asarray(snr_db, np.float64)
@@ -31,4 +34,6 @@ def check_snr_db(snr_db) -> np.ndarray:
         raise ValueError(f"snr_db is {snr_db!r}; it must be a finite number in dB") from None
     if not np.all(np.isfinite(values)):
         raise ValueError(f"snr_db is {snr_db!r}; every value must be a finite number in dB")
+    if np.any(np.abs(values) > MAX_SNR_DB):
+        raise ValueError(f"snr_db is {snr_db!r}; every value must be within +-{MAX_SNR_DB} dB")
     return values

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from megjax.data import scenes
-from megjax.diffusion.layout import locate
+from megjax.diffusion.layout import ASSETS
 from megjax.diffusion.pipeline import StableDiffusion
+from megjax.diffusion.schedules import SAMPLERS
 from megjax.ldm.quality import measure
 from megjax.metrics import SceneNet
-from megjax.system import SourceStatistics
 
-FOLDER = locate("scenes")
+FOLDER = ASSETS / "scenes"
 MEGABYTE = 2**20
 
 
@@ -30,6 +30,11 @@ def test_it_is_small_and_in_half_precision():
         "vae/diffusion_pytorch_model.fp16.safetensors",
         "scenenet/model.safetensors",
     }
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_has_a_schedule_for_it(pipe, name):
+    assert pipe.sampler(name, 25).num_steps >= 25
 
 
 def test_diffusers_opens_it_and_draws_the_same_image(pipe):
@@ -60,6 +65,14 @@ def test_quality_on_held_out_captions(pipe):
     assert figures["generated_accuracy"]["high"] >= 0.90
 
 
+@pytest.mark.slow
+def test_quality_on_two_thousand_held_out_captions(pipe):
+    figures = measure(pipe, SceneNet.load(FOLDER / "scenenet"), 2000)
+    assert figures["vae_psnr_db"]["mean"] >= 28
+    assert figures["real_accuracy"]["mean"] >= 0.98
+    assert figures["generated_accuracy"]["mean"] >= 0.90
+
+
 def test_another_prompt_is_another_image(pipe):
     noise = jax.random.normal(jax.random.key(1), (1, 8, 8, 4))
     day, night = (
@@ -68,14 +81,4 @@ def test_another_prompt_is_another_image(pipe):
         )
         for when in ("a meadow under a clear daytime sky", "a meadow under a clear night sky")
     )
-    assert np.asarray(day)[:, :20].mean() > np.asarray(night)[:, :20].mean() + 0.2  # the sky
-
-
-def test_its_latents_have_the_stored_statistics(pipe):
-    statistics = SourceStatistics.load(FOLDER)
-    keys = jax.random.split(jax.random.key(2), 200)
-    draw = jax.jit(jax.vmap(lambda k: scenes.render(k, scenes.sample_scene(jax.random.fold_in(k, 1)))))
-    latents = np.asarray(pipe.encode(draw(keys)))
-    per_image = np.square((latents - statistics.latent_mean) / np.array(statistics.latent_std)).mean((1, 2, 3))
-    # Posterior means lack the posterior's own variance, which is small against one.
-    assert 0.8 < per_image.mean() < 1 + 4 * per_image.std() / np.sqrt(len(per_image))
+    assert np.asarray(day)[:, :20].mean() > 2 * np.asarray(night)[:, :20].mean()  # the sky

@@ -9,6 +9,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,6 +99,46 @@ def test_a_killed_process_resumes_to_the_same_end(tmp_path):
     assert_equal_states(run(tmp_path / "killed", config), run(tmp_path / "whole", config))
 
 
+def test_shards_are_the_mean_of_their_draws():
+    key, params, data = jax.random.key(0), {"w": jnp.ones(3)}, jnp.asarray(TARGET)
+    (loss, metrics), gradient = jax.value_and_grad(training.data_parallel(loss_fn, 2), has_aux=True)(params, data, key)
+    draws = [
+        jax.value_and_grad(loss_fn, has_aux=True)(params, data, jax.random.fold_in(jax.random.clone(key), i))
+        for i in range(2)
+    ]
+    np.testing.assert_allclose(loss, sum(draw[0][0] for draw in draws) / 2, rtol=1e-6)
+    np.testing.assert_allclose(metrics["distance"], sum(draw[0][1]["distance"] for draw in draws) / 2, rtol=1e-6)
+    np.testing.assert_allclose(gradient["w"], sum(draw[1]["w"] for draw in draws) / 2, rtol=1e-6)
+
+
+def test_one_and_two_devices_agree_and_resume_each_other(tmp_path):
+    program = textwrap.dedent(f"""
+        import sys
+        sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
+        from pathlib import Path
+        from megjax.runtime import use_cpu_devices
+        use_cpu_devices(2)
+        import jax
+        import test_training as t
+        assert jax.device_count() == 2
+        config = t.FitConfig(**{{**t.CONFIG.__dict__, "checkpoint_minutes": 0.0}})
+        def stop(state):
+            if int(state.step) == 28:
+                sys.exit()
+        t.run(Path(sys.argv[1]) / "whole", config, num_shards=2)
+        t.run(Path(sys.argv[1]) / "half", config, num_shards=2, on_checkpoint=stop)
+    """)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, check=True)
+    config = FitConfig(**{**CONFIG.__dict__, "checkpoint_minutes": 0.0})
+    alone = run(tmp_path / "alone", config, num_shards=2)
+    finished = run(tmp_path / "whole", config, num_shards=2)  # restored from two devices, nothing left to do
+    resumed = run(tmp_path / "half", config, num_shards=2)
+    # Sixty Adam steps carry float32 rounding on; parameters are of size 1.
+    np.testing.assert_allclose(finished.params["w"], alone.params["w"], atol=1e-5)
+    np.testing.assert_allclose(resumed.params["w"], alone.params["w"], atol=1e-5)
+
+
 def test_a_finished_run_is_not_run_again(tmp_path):
     first = run(tmp_path)
     before = (tmp_path / "metrics.jsonl").read_text()
@@ -109,21 +150,15 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
     run(tmp_path, description={"model": "a"})
     with pytest.raises(ValueError, match=r"other settings \(model\)"):
         run(tmp_path, description={"model": "b"})
-    with pytest.raises(ValueError, match=r"other settings \(fit\)"):
+    with pytest.raises(ValueError, match=r"other settings \(fit.num_steps\)"):
         run(tmp_path, FitConfig(num_steps=61, warmup_steps=5), description={"model": "a"})
 
 
 def test_the_step_is_traced_once_for_each_chunk_length(monkeypatch, tmp_path):
-    traces = []
     original = training.make_step
-
-    def counting(config, loss_fn):
-        step = original(config, loss_fn)
-        return lambda *args: (traces.append(1), step(*args))[1]
-
-    monkeypatch.setattr(training, "make_step", counting)
-    run(tmp_path, FitConfig(num_steps=40, log_every=8, steps_per_dispatch=4, warmup_steps=1))
-    assert len(traces) == 1
+    monkeypatch.setattr(training, "make_step", lambda *args: chex.assert_max_traces(original(*args), n=2))
+    # Chunks of 4 steps, and of 2 at the end.
+    run(tmp_path, FitConfig(num_steps=42, log_every=8, steps_per_dispatch=4, warmup_steps=1))
 
 
 @pytest.mark.parametrize(

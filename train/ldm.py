@@ -4,24 +4,22 @@ Every stage continues from its newest checkpoint under --folder, so the same com
 """
 
 import dataclasses
-import json
-import sys
-import time
 from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
 
-from megjax.configs import write_json
+from megjax.configs import read_json, require
 from megjax.diffusion.layers import ShapeRngs
 from megjax.diffusion.vae import AutoencoderKL
 from megjax.ldm import fitting, stages
 from megjax.ldm.grids import save_grid
 from megjax.ldm.recipe import PRESETS, Recipe
-from megjax.runtime import enable_compilation_cache, use_cpu_devices
+from megjax.runtime import command, use_cpu_devices
 
 GRID = 32
 
@@ -34,8 +32,8 @@ class Arguments:
     """Sizes and step counts; `scenes` is what ships, `scenes128` wants a GPU."""
     stage: Literal["all", "vae", "scenenet", "unet"] = "all"
     """One stage (with those it needs), or all of them and the export."""
-    folder: Path = Path("runs/scenes")
-    """Run folder: checkpoints, metrics.jsonl, TensorBoard and sample grids of each stage."""
+    folder: Path | None = None
+    """Run folder (default runs/PRESET): checkpoints, metrics.jsonl, TensorBoard and sample grids of each stage."""
     export: Path | None = None
     """Where the finished model goes in the diffusers layout (stage all); default FOLDER/model."""
 
@@ -44,9 +42,13 @@ def vae_grid(recipe: Recipe, graph: nnx.GraphDef, folder: Path):
     """A callback that saves held-out pictures above their reconstructions."""
     _, images = jax.jit(lambda k: stages.draw_scenes(k, GRID, recipe.image_size, "held_out"))(jax.random.key(7))
 
+    @jax.jit
+    def reconstruct(params):
+        vae = nnx.merge(graph, params)
+        return jnp.clip(0.5 * vae.decode(vae.encode(2 * images - 1)[0]) + 0.5, 0.0, 1.0)
+
     def save(state) -> None:
-        vae = nnx.merge(graph, state.ema)
-        decoded = np.clip(0.5 * np.asarray(vae.decode(vae.encode(2 * images - 1)[0])) + 0.5, 0, 1)
+        decoded = reconstruct(state.ema)
         half = GRID // 2
         rows = np.concatenate([images[:half], decoded[:half], images[half:], decoded[half:]])
         save_grid(rows, folder / "vae" / "grids" / f"{int(state.step):06d}.png", half)
@@ -59,46 +61,35 @@ def unet_grid(recipe: Recipe, folder: Path):
     drawn, real = jax.jit(lambda k: stages.draw_scenes(k, GRID, recipe.image_size, "held_out"))(jax.random.key(7))
     captions = [row[0] for row in fitting.captions_of(drawn)]
 
-    def save(pipe) -> None:
+    def save(pipe, step: int) -> None:
         images = pipe.generate(jax.random.key(0), pipe.tokenize(captions))
         half = GRID // 2
         rows = np.concatenate([real[:half], images[:half], real[half:], images[half:]])
-        save_grid(rows, folder / "unet" / "grids" / f"{time.strftime('%H%M%S')}.png", half)
+        save_grid(rows, folder / "unet" / "grids" / f"{step:06d}.png", half)
 
     return save
 
 
 def main(args: Arguments) -> None:
-    recipe = PRESETS[args.preset]
-    times = args.folder / "seconds.json"
-    seconds = json.loads(times.read_text()) if times.is_file() else {}
-
-    def timed(name: str, run):
-        started = time.monotonic()
-        result = run()
-        seconds.setdefault(name, []).append(round(time.monotonic() - started, 1))
-        write_json(times, seconds)
-        return result
-
-    args.folder.mkdir(parents=True, exist_ok=True)
+    recipe, folder = PRESETS[args.preset], args.folder or Path("runs") / args.preset
+    require(args.export is None or args.stage == "all", "--export", str(args.export), "given with --stage all only")
+    destination = args.export or folder / "model"
+    folder.mkdir(parents=True, exist_ok=True)
     if args.stage != "scenenet":
         graph = nnx.split(nnx.eval_shape(lambda: AutoencoderKL(recipe.vae_config, rngs=ShapeRngs())))[0]
-        vae = timed("vae", lambda: fitting.train_vae(recipe, args.folder, vae_grid(recipe, graph, args.folder)))
+        vae = fitting.train_vae(recipe, folder, vae_grid(recipe, graph, folder))
     if args.stage in ("all", "scenenet"):
-        scenenet = timed("scenenet", lambda: fitting.train_scenenet(recipe, args.folder))
+        scenenet = fitting.train_scenenet(recipe, folder)
     if args.stage in ("all", "unet"):
-        pipe = timed("unet", lambda: fitting.train_unet(recipe, args.folder, vae, unet_grid(recipe, args.folder)))
+        pipe = fitting.train_unet(recipe, folder, vae, unet_grid(recipe, folder))
     if args.stage == "all":
-        destination = args.export or args.folder / "model"
-        fitting.export(recipe, args.folder, pipe, scenenet, destination)
-        print(f"model written to {destination}; seconds per stage and sitting: {seconds}")
+        fitting.export(recipe, folder, pipe, scenenet, destination)
+        print(f"model written to {destination}")
+    for stage in sorted(path.parent.name for path in folder.glob("*/seconds.json")):
+        print(f"{stage}: {read_json(folder / stage / 'seconds.json')['seconds'] / 60:.1f} minutes of training")
 
 
 if __name__ == "__main__":
     arguments = tyro.cli(Arguments, description=__doc__)
     use_cpu_devices(PRESETS[arguments.preset].unet.num_shards)
-    enable_compilation_cache()
-    try:
-        main(arguments)
-    except ValueError as error:
-        sys.exit(f"train.ldm: {error}")
+    command("train.ldm", lambda: main(arguments))

@@ -1,6 +1,5 @@
 """Diffusers-layout weights to and from NNX parameters, strictly: a walk over the tree plus kernel transposes."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -151,14 +150,3 @@ def save_params(params: nnx.State, path: Path, *, dtype=np.float32, prefix: str 
         for key, value in nnx.to_flat_state(jax.device_get(params))
     }
     save_file(tensors, path, metadata={"format": "pt"})
-
-
-def write_sharded_index(folder: Path, stem: str) -> None:
-    """Write the index that diffusers keeps beside the shards `stem-*-of-*.safetensors` in `folder`."""
-    weight_map, total = {}, 0
-    for path in sorted(folder.glob(f"{stem}-*.safetensors")):
-        for name, tensor in read_tensors(path):
-            weight_map[name] = path.name
-            total += tensor.nbytes
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from megjax.configs import from_mapping, require
+from megjax.configs import from_mapping, require, require_positive_integers
 from megjax.diffusion.layers import attend, layer_norm, linear
 
 ACTIVATIONS = {
@@ -101,6 +101,8 @@ class CLIPTextConfig:
     dtype: Any = jnp.float32
 
     def __post_init__(self):
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        require_positive_integers(self, "text", (*names, "max_position_embeddings"))
         require(self.hidden_act in ACTIVATIONS, "text: hidden_act", self.hidden_act, f"one of {sorted(ACTIVATIONS)}")
         heads = self.num_attention_heads
         require(

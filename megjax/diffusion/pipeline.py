@@ -122,10 +122,12 @@ class StableDiffusion:
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """[h w c] of the latent of an image of these pixels (default: `image_size`)."""
-        height, width = (given or self.image_size[axis] for axis, given in enumerate((height, width)))
+        given = (height, width)
+        height, width = (self.image_size[axis] if value is None else value for axis, value in enumerate(given))
         for name, value in (("height", height), ("width", width)):
             factor = self.downsample
-            require(value >= factor and value % factor == 0, name, value, f"a positive multiple of {factor}")
+            valid = isinstance(value, int) and value >= factor and value % factor == 0
+            require(valid, name, value, f"a positive multiple of {factor}")
         return height // self.downsample, width // self.downsample, self.configs.vae.latent_channels
 
     def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "b l"]:

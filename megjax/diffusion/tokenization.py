@@ -41,7 +41,9 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Int[np.ndarray
     for prompt in prompts:
         require(isinstance(prompt, str), "prompt", prompt, "a string")
     limit = tokenizer.model_max_length
-    for prompt, ids in zip(prompts, tokenizer(list(prompts), truncation=False)["input_ids"], strict=True):
+    for prompt, ids in zip(
+        prompts, tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"], strict=True
+    ):
         if len(ids) > limit:
             lost = tokenizer.decode(ids[limit - 1 : -1])
             warnings.warn(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
-from megjax.configs import from_mapping, require
+from megjax.configs import from_mapping, require, require_positive_integers
 from megjax.diffusion.layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv, linear
 from megjax.diffusion.transformer import Transformer2DModel
 
@@ -78,6 +78,8 @@ class UNetConfig:
     dtype: Any = jnp.float32
 
     def __post_init__(self):
+        names = ("in_channels", "out_channels", "block_out_channels", "norm_num_groups", "cross_attention_dim")
+        require_positive_integers(self, "unet", names)
         blocks = len(self.block_out_channels)
         for name, allowed in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
             value = getattr(self, name)
@@ -88,7 +90,6 @@ class UNetConfig:
             each = (value,) * blocks if isinstance(value, int) else value
             valid = isinstance(each, tuple) and len(each) == blocks and all(isinstance(n, int) and n > 0 for n in each)
             require(valid, f"unet: {name}", value, f"a positive integer or a list of {blocks} of them")
-        require(isinstance(self.cross_attention_dim, int), "unet: cross_attention_dim", self.cross_attention_dim, "int")
         for heads, width in zip(self.per_block("attention_head_dim"), self.block_out_channels, strict=True):
             require(width % heads == 0, "unet: attention_head_dim", heads, f"a divisor of the {width} channels")
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from megjax.configs import from_mapping, require
+from megjax.configs import from_mapping, require, require_positive_integers
 from megjax.diffusion.layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, attend, conv, linear
 
 NORM_EPS = 1e-6
@@ -41,12 +41,12 @@ class VAEConfig:
     dtype: Any = jnp.float32
 
     def __post_init__(self):
+        names = ("in_channels", "out_channels", "block_out_channels", "latent_channels", "norm_num_groups")
+        require_positive_integers(self, "vae", (*names, "layers_per_block"))
         blocks = len(self.block_out_channels)
         for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             value = getattr(self, name)
             require(value == (kind,) * blocks, f"vae: {name}", value, f"{kind!r} {blocks} times (block_out_channels)")
-        layers = self.layers_per_block
-        require(isinstance(layers, int) and layers > 0, "vae: layers_per_block", layers, "a positive integer")
         require(self.scaling_factor > 0, "vae: scaling_factor", self.scaling_factor, "positive")
 
     @classmethod

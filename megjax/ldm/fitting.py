@@ -1,6 +1,7 @@
 """The stages of training the bundled model; each continues from its own checkpoints under one run folder."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Float, Int
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import trange
 
+from megjax.configs import require
 from megjax.data import scenes
 from megjax.diffusion import checkpoint
 from megjax.diffusion.clip import CLIPTextModel
@@ -80,14 +83,31 @@ def prepare_tokenizer(folder: Path):
     return train_tokenizer(captions, path, vocab_size=VOCAB_SIZE, max_tokens=MAX_TOKENS)
 
 
+def latents_identity(recipe: Recipe, folder: Path, params: nnx.State) -> dict[str, str]:
+    """What the stored latents depend on: digests of autoencoder and tokenizer, the number of images and the seed."""
+    weights = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        weights.update(np.asarray(leaf).tobytes())
+    vocabulary = hashlib.sha256((folder / "tokenizer" / "vocab.json").read_bytes()).hexdigest()
+    counts = {"num_images": str(recipe.num_images), "seed": str(recipe.unet.fit.seed)}
+    return {"vae": weights.hexdigest(), "tokenizer": vocabulary, **counts}
+
+
 def encode_scenes(
     recipe: Recipe, folder: Path, vae: tuple[nnx.GraphDef, nnx.State], tokenizer
 ) -> dict[str, Float[np.ndarray, "..."] | Int[np.ndarray, "..."]]:
-    """Posterior moments [n h w c] and caption ids [n p l] of the U-Net's training images, kept in the run folder."""
-    path = folder / LATENTS
+    """Posterior moments [n h w c] and caption ids [n p l] of the U-Net's training images, kept in the run folder.
+
+    Raises ValueError if the run folder holds those of another autoencoder, tokenizer or number of images.
+    """
+    path, (graph, params) = folder / LATENTS, vae
+    identity = latents_identity(recipe, folder, params)
     if path.is_file():
+        with safe_open(path, framework="np") as file:
+            found = file.metadata() or {}
+        other = sorted(name for name in identity if found.get(name) != identity[name])
+        require(not other, f"{path}: made with another", other, "made by this run; delete the file to make it anew")
         return dict(checkpoint.read_tensors(path))
-    graph, params = vae
 
     @jax.jit
     def encode(params, key):
@@ -104,7 +124,7 @@ def encode_scenes(
         parts.append({**moments, "ids": ids.astype(np.int16)})
     data = {name: np.concatenate([part[name] for part in parts])[: recipe.num_images] for name in parts[0]}
     partial = path.with_suffix(".part")
-    save_file(data, partial)
+    save_file(data, partial, metadata=identity)
     partial.replace(path)
     return data
 
@@ -119,7 +139,7 @@ def train_unet(
     recipe: Recipe,
     folder: Path,
     vae: tuple[nnx.GraphDef, nnx.State],
-    on_checkpoint: Callable[[StableDiffusion], None] | None = None,
+    on_checkpoint: Callable[[StableDiffusion, int], None] | None = None,
 ) -> StableDiffusion:
     """Train text encoder and U-Net on the latents of `vae`; returns the whole model."""
     tokenizer = prepare_tokenizer(folder)
@@ -139,12 +159,8 @@ def train_unet(
     vae_graph, _ = nnx.split(nnx.eval_shape(lambda: AutoencoderKL(configs.vae, rngs=ShapeRngs())))
     graphs = Graphs(text_graph, unet_graph, vae_graph, factor)
 
-    def model(params: PyTree) -> StableDiffusion:
-        params = {"text_encoder": params[0], "unet": params[1], "vae": vae[1]}
-        return StableDiffusion(configs, graphs, params, tokenizer)
-
-    empty: Int[Array, " l"] = jnp.asarray(tokenize(tokenizer, [""])[0])
-    levels = jnp.asarray(alphas_cumprod(configs.scheduler), jnp.float32)
+    empty = jnp.asarray(tokenize(tokenizer, [""])[0])
+    levels = alphas_cumprod(configs.scheduler)
     share = recipe.unet.batch // recipe.unet.num_shards
     loss_fn = stages.unet_loss((text_graph, unet_graph), levels, factor, share, empty)
     description = {
@@ -155,19 +171,30 @@ def train_unet(
         "batch": [recipe.unet.batch, recipe.unet.num_shards],
         "scaling_factor": factor,
     }
-    state = fit(
-        loss_fn,
-        (text_params, unet_params),
-        jax.tree.map(jnp.asarray, host),
-        recipe.unet.fit,
-        folder / "unet",
-        num_shards=recipe.unet.num_shards,
-        description=description,
-        on_checkpoint=None
-        if on_checkpoint is None
-        else lambda state: on_checkpoint(model(jax.device_put(state.ema, jax.devices()[0]))),
+    pipe = StableDiffusion(configs, graphs, {"vae": vae[1]}, tokenizer)
+
+    def update(state: FitState) -> None:
+        text_encoder, unet = jax.device_put(state.ema, jax.devices()[0])
+        pipe.params = {"text_encoder": text_encoder, "unet": unet, "vae": vae[1]}
+
+    def saved(state: FitState) -> None:
+        update(state)
+        if on_checkpoint is not None:
+            on_checkpoint(pipe, int(state.step))
+
+    update(
+        fit(
+            loss_fn,
+            (text_params, unet_params),
+            jax.tree.map(jnp.asarray, host),
+            recipe.unet.fit,
+            folder / "unet",
+            num_shards=recipe.unet.num_shards,
+            description=description,
+            on_checkpoint=saved,
+        )
     )
-    return model(jax.device_put(state.ema, jax.devices()[0]))
+    return pipe
 
 
 def source_statistics(recipe: Recipe, data: dict, factor: float, num_images: int = 2000) -> SourceStatistics:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from tqdm import trange
 
 from megjax.configs import require
@@ -14,21 +14,13 @@ from megjax.diffusion.pipeline import StableDiffusion
 from megjax.ldm import stages
 from megjax.ldm.fitting import captions_of
 from megjax.metrics import SceneNet, bootstrap_interval, feature_statistics, frechet_distance, psnr
-from megjax.metrics.scenenet import labels_from_logits
+from megjax.metrics.scenenet import caption_accuracy, labels_from_logits
 
 
-def interval(values: Float[np.ndarray, " n"]) -> dict[str, float]:
-    """Mean, 95 % bootstrap interval over images, and their number."""
-    low, high = bootstrap_interval(values)
-    return {"mean": float(np.mean(values)), "low": low, "high": high, "n": len(values)}
-
-
-def ratio_interval(right: Int[np.ndarray, " n"], stated: Int[np.ndarray, " n"], seed: int = 0) -> dict[str, float]:
-    """Total `right` over total `stated`, with a 95 % bootstrap interval over images."""
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(right), np.full(len(right), 1 / len(right)), size=2000)
-    low, high = np.quantile((counts @ right) / (counts @ stated), [0.025, 0.975])
-    return {"mean": float(right.sum() / stated.sum()), "low": float(low), "high": float(high), "n": len(right)}
+def interval(values: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"] | None = None) -> dict[str, float]:
+    """(Weighted) mean, its 95 % bootstrap interval over images, and their number."""
+    low, high = bootstrap_interval(values, weights=weights)
+    return {"mean": float(np.average(values, weights=weights)), "low": low, "high": high, "n": len(values)}
 
 
 def measure(
@@ -70,8 +62,8 @@ def measure(
         for name, value in {
             "psnr": compare(real, pipe.decode(pipe.encode(real))),
             "stated": stated.sum(1),
-            "real_right": ((seen == labels) & stated).sum(1),
-            "right": ((found == labels) & stated).sum(1),
+            "real_share": caption_accuracy(seen, labels, stated)[0],
+            "share": caption_accuracy(found, labels, stated)[0],
             "by_attribute": jnp.where(stated, found == labels, jnp.nan),
             "real_features": real_features,
             "features": features,
@@ -79,12 +71,13 @@ def measure(
             rows.setdefault(name, []).append(np.asarray(value))
     table = {name: np.concatenate(parts) for name, parts in rows.items()}
     distance = frechet_distance(*feature_statistics(table["real_features"]), *feature_statistics(table["features"]))
+    weights = table["stated"].astype(float)  # captions that state more weigh more
     accuracy = np.nanmean(table["by_attribute"], axis=0)
     return {
         "vae_psnr_db": interval(table["psnr"]),
-        "real_accuracy": ratio_interval(table["real_right"], table["stated"]),
-        "generated_accuracy": ratio_interval(table["right"], table["stated"]),
-        "generated_exact": interval((table["right"] == table["stated"]).astype(float)),
+        "real_accuracy": interval(table["real_share"], weights),
+        "generated_accuracy": interval(table["share"], weights),
+        "generated_exact": interval((table["share"] == 1).astype(float)),
         "scenenet_frechet_distance": {"mean": distance, "n": num},
         "by_attribute": {name: float(value) for (name, _), value in zip(scenes.ATTRIBUTES, accuracy, strict=True)},
     }

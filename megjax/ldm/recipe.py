@@ -109,6 +109,7 @@ class Recipe:
             timestep_spacing="trailing",
             steps_offset=1,
             set_alpha_to_one=False,
+            skip_prk_steps=True,
             clip_sample=False,
         )
 

@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from megjax.data import scenes
+from megjax.diffusion.schedules import add_noise, velocity
 from megjax.diffusion.vae import AutoencoderKL
 from megjax.metrics import scenenet
 
@@ -75,7 +77,7 @@ def scenenet_loss(graph: nnx.GraphDef, batch: int, image_size: int) -> Callable:
 
 def unet_loss(
     graphs: tuple[nnx.GraphDef, nnx.GraphDef],
-    alphas_cumprod: Float[Array, " t"],
+    alpha_bars: Float[np.ndarray, " t"],
     scaling_factor: float,
     batch: int,
     empty_ids: Int[Array, " l"],
@@ -83,7 +85,8 @@ def unet_loss(
     """Mean squared error of the velocity (Salimans and Ho 2022, section 4) of noised latents, text encoder included.
 
     `data` holds the posterior `mean` and `log_variance` [n h w c] of each training image and the `ids` [n p l] of its
-    captions; a step draws images, captions, posterior samples, timesteps and noise.
+    captions; `alpha_bars` is the schedule's host table. A step draws images, captions, posterior samples, timesteps and
+    noise.
     """
 
     def loss_fn(params, data, key):
@@ -95,12 +98,10 @@ def unet_loss(
         ids = jnp.where(dropped, empty_ids[None], ids)
         mean, log_variance = data["mean"][rows], data["log_variance"][rows]
         clean = scaling_factor * (mean + jnp.exp(0.5 * log_variance) * jax.random.normal(keys[3], mean.shape))
-        timesteps = jax.random.randint(keys[4], (batch,), 0, alphas_cumprod.shape[0])
+        timesteps = jax.random.randint(keys[4], (batch,), 0, len(alpha_bars))
         noise = jax.random.normal(keys[5], clean.shape)
-        signal = jnp.sqrt(alphas_cumprod[timesteps])[:, None, None, None]
-        spread = jnp.sqrt(1.0 - alphas_cumprod[timesteps])[:, None, None, None]
         text_encoder, unet = (nnx.merge(g, p) for g, p in zip(graphs, params, strict=True))
-        velocity = unet(signal * clean + spread * noise, timesteps, text_encoder(ids))
-        return jnp.mean(jnp.square(velocity - (signal * noise - spread * clean))), {}
+        predicted = unet(add_noise(alpha_bars, clean, noise, timesteps), timesteps, text_encoder(ids))
+        return jnp.mean(jnp.square(predicted - velocity(alpha_bars, clean, noise, timesteps))), {}
 
     return loss_fn

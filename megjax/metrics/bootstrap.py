@@ -5,13 +5,18 @@ from jaxtyping import ArrayLike
 
 
 def bootstrap_interval(
-    values: ArrayLike, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
+    values: ArrayLike,
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    weights: ArrayLike | None = None,
 ) -> tuple[float, float]:
     """Percentile interval (low, high) of the mean of `values`, resampling its first axis (images) with replacement.
 
     `values` [n] holds one number per image, or [n m] one per (image, realisation): a resampled image brings all its
-    realisations, so the interval speaks of new images. B. Efron and R. J. Tibshirani, "An Introduction to the
-    Bootstrap", 1993, chapter 13. Raises ValueError for no values, or options out of range.
+    realisations, so the interval speaks of new images. With `weights` [n] it is that of the weighted mean, each
+    resample being divided by its own total weight. B. Efron and R. J. Tibshirani, "An Introduction to the Bootstrap",
+    1993, chapter 13. Raises ValueError for no values, options out of range, or weights that are not positive.
     """
     values = np.asarray(values, np.float64)
     if values.ndim < 1 or values.size == 0:
@@ -24,5 +29,11 @@ def bootstrap_interval(
     rng = np.random.default_rng(seed)
     # How often each image is drawn is multinomial, so a resample's mean is a weighted mean.
     counts = rng.multinomial(per_image.size, np.full(per_image.size, 1 / per_image.size), size=num_resamples)
-    low, high = np.quantile(counts @ per_image / per_image.size, [(1 - confidence) / 2, (1 + confidence) / 2])
+    weights = np.ones(per_image.size) if weights is None else np.asarray(weights, np.float64)
+    if weights.shape != per_image.shape or not np.all(weights > 0):
+        raise ValueError(
+            f"weights has shape {weights.shape}; it needs one positive number for each of {values.shape[0]}"
+        )
+    means = counts @ (weights * per_image) / (counts @ weights)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

@@ -1,7 +1,6 @@
 """SceneNet: a small classifier of a rendered scene's attributes, whose hidden layer also serves as image features."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -9,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+
+from megjax.configs import from_mapping, read_json, require_positive_integers, write_json
+from megjax.diffusion import checkpoint
+from megjax.diffusion.layers import ShapeRngs
 
 NUM_SCENE_ATTRIBUTES = 3  # time, sky, ground; then (kind, colour, size) of each place, kind 0 meaning "nothing here"
 ATTRIBUTES_PER_SLOT = 3
@@ -32,6 +33,8 @@ class SceneNetConfig:
     num_groups: int = 8
 
     def __post_init__(self):
+        names = ("image_size", "widths", "num_classes", "feature_dim", "num_groups")
+        require_positive_integers(self, "scenenet", names)
         if self.image_size < 16 or self.image_size % 16:
             raise ValueError(f"image_size is {self.image_size}; it must be a positive multiple of 16")
         if len(self.widths) != 4 or any(width < 1 or width % self.num_groups for width in self.widths):
@@ -42,10 +45,6 @@ class SceneNetConfig:
                 f"num_classes is {self.num_classes}; it must be {NUM_SCENE_ATTRIBUTES} scene attributes followed by "
                 f"{ATTRIBUTES_PER_SLOT} per place, each with two classes or more"
             )
-
-    @property
-    def num_attributes(self) -> int:
-        return len(self.num_classes)
 
 
 class ConvBlock(nnx.Module):
@@ -106,57 +105,15 @@ class SceneNet(nnx.Module):
             raise ValueError(f'dtype is {dtype!r}; it must be "float16" or "float32"')
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: np.asarray(value, dtype) for name, value in _named_parameters(self).items()}
-        save_file(tensors, folder / WEIGHTS_NAME)
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+        checkpoint.save_params(nnx.state(self, nnx.Param), folder / WEIGHTS_NAME, dtype=np.dtype(dtype))
+        write_json(folder / "config.json", dataclasses.asdict(self.config))
 
     @classmethod
     def load(cls, folder: str | Path) -> "SceneNet":
         """Reads what `save` wrote; parameters are float32. Raises ValueError listing every mismatch at once."""
         folder = Path(folder)
-        config = _read_config(folder / "config.json")
-        model = nnx.eval_shape(lambda: cls(config, nnx.Rngs(0)))
-        tensors = _read_tensors(folder / WEIGHTS_NAME)
-        expected = _named_parameters(model)
-        problems = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
-        problems += [f"extra {name}" for name in sorted(tensors.keys() - expected.keys())]
-        problems += [
-            f"{name} has shape {tensors[name].shape}, expected {expected[name].shape}"
-            for name in sorted(expected.keys() & tensors.keys())
-            if tensors[name].shape != expected[name].shape
-        ]
-        if problems:
-            raise ValueError(f"{folder / WEIGHTS_NAME} does not fit its config.json: " + "; ".join(problems))
-        state = nnx.state(model, nnx.Param)
-        flat = [
-            (path, leaf.replace(jnp.asarray(tensors[_join(path)], jnp.float32)))
-            for path, leaf in nnx.to_flat_state(state)
-        ]
-        nnx.update(model, nnx.from_flat_state(flat))
-        return model
-
-
-def _join(path: tuple) -> str:
-    return ".".join(map(str, path))
-
-
-def _named_parameters(model: SceneNet) -> dict:
-    return {_join(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-
-
-def _read_config(path: Path) -> SceneNetConfig:
-    try:
-        values = json.loads(path.read_text())
-        return SceneNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    except (OSError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a SceneNet configuration: {error}") from error
-
-
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        config = from_mapping(SceneNetConfig, read_json(folder / "config.json"), source="scenenet config")
+        return nnx.merge(*checkpoint.load_params(lambda: cls(config, ShapeRngs()), [folder / WEIGHTS_NAME]))
 
 
 def slot_mask(labels: Int[Array, "b a"]) -> Bool[Array, "b a"]:

@@ -1,6 +1,5 @@
 """Reading and writing weights in diffusers' layout: shards, variants, damage, and strictness."""
 
-import json
 import shutil
 
 import jax.numpy as jnp
@@ -257,15 +256,3 @@ def test_saved_names_and_shapes_are_those_of_torch(tiny_unet, tiny_text, tmp_pat
         assert all(torch.equal(value, reference[name]) for name, value in saved.items())
         checkpoint.save_params(port.params, path, prefix=prefix)
         assert {name for name, _ in checkpoint.read_tensors(path)} == {prefix + name for name in reference}
-
-
-def test_our_index_of_shards_is_that_of_diffusers(tiny_vae, tmp_path, read):
-    tiny_vae.torch.save_pretrained(tmp_path, max_shard_size=SHARD)
-    path = tmp_path / f"{STEM}.safetensors.index.json"
-    theirs = json.loads(path.read_text())
-    path.unlink()
-    checkpoint.write_sharded_index(tmp_path, STEM)
-    ours = json.loads(path.read_text())
-    assert ours["weight_map"] == theirs["weight_map"]
-    assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
-    assert_equal(read(tmp_path), dict(nnx.to_flat_state(tiny_vae.params)))

@@ -46,3 +46,18 @@ def test_bad_arguments():
     ):
         with pytest.raises(ValueError, match=name):
             bootstrap_interval(**arguments)
+
+
+def test_weights_give_the_interval_of_a_ratio():
+    rng = np.random.default_rng(3)
+    stated = rng.integers(6, 13, 500)
+    share = rng.binomial(stated, 0.9) / stated
+    low, high = bootstrap_interval(share, num_resamples=4000, weights=stated)
+    # Linearised (delta method) standard error of a ratio of sums.
+    ratio = np.sum(stated * share) / stated.sum()
+    standard_error = np.sqrt(np.sum((stated * (share - ratio)) ** 2)) / stated.sum()
+    tolerance = 4 * standard_error * np.sqrt(0.025 * 0.975 / 4000) / (np.exp(-(1.96**2) / 2) / np.sqrt(2 * np.pi))
+    assert abs(low - (ratio - 1.96 * standard_error)) < tolerance
+    assert abs(high - (ratio + 1.96 * standard_error)) < tolerance
+    with pytest.raises(ValueError, match="weights has shape"):
+        bootstrap_interval(share, weights=stated[1:])
