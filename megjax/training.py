@@ -98,15 +98,19 @@ def data_parallel(loss_fn: LossFn, num_shards: int) -> LossFn:
     if num_shards == 1:
         return loss_fn
     mesh = data_mesh(num_shards)
-    per_device = num_shards // mesh.size
+    everywhere, split = PartitionSpec(), PartitionSpec("data")
 
-    def share(params: PyTree, data: PyTree, key: Key[Array, ""]):
-        first = per_device * jax.lax.axis_index("data")
-        draws = [loss_fn(params, data, jax.random.fold_in(key, first + i)) for i in range(per_device)]
-        mean = jax.tree.map(lambda *parts: sum(parts) / per_device, *draws)
+    def share(params: PyTree, data: PyTree, keys: Key[Array, " n"]):
+        draws = [loss_fn(params, data, keys[i]) for i in range(num_shards // mesh.size)]
+        mean = jax.tree.map(lambda *parts: sum(parts) / len(parts), *draws)
         return jax.lax.pmean(mean, "data")
 
-    return jax.shard_map(share, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
+    shares = jax.shard_map(share, mesh=mesh, in_specs=(everywhere, everywhere, split), out_specs=everywhere)
+
+    def mean_loss(params: PyTree, data: PyTree, key: Key[Array, ""]):
+        return shares(params, data, jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_shards)))
+
+    return mean_loss
 
 
 def make_step(config: FitConfig, loss_fn: LossFn) -> Callable[[FitState, PyTree, Key[Array, ""]], tuple]:

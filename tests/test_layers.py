@@ -36,6 +36,7 @@ LAYERS = {
 }
 # Edges beyond "any lower layer": inside layer 0, and for layer 2, which sees layer 1 only along its arrows.
 ARROWS = {
+    "runtime": {"configs"},
     "data.scenes": {"data.__init__", "data.scene_shapes"},
     "data.scene_shapes": {"data.__init__"},
     "data.latents": {"diffusion"},
