@@ -42,7 +42,7 @@ class Arguments:
     """ddim, pndm, euler, euler_ancestral or dpm++; default: the model's own."""
     steps: int = 25
     """Denoising steps."""
-    guidance: float = 5.0
+    guidance: float = 3.0
     """Classifier-free guidance scale; 1 turns it off."""
     seed: int = 0
     """Seed of the images and of the channel."""

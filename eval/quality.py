@@ -26,7 +26,7 @@ class Arguments:
     """Held-out captions; a multiple of 50."""
     steps: int = 25
     """Denoising steps."""
-    guidance: float = 5.0
+    guidance: float = 3.0
     """Classifier-free guidance scale."""
     sampler: str | None = None
     """ddim, pndm, euler, euler_ancestral or dpm++; default: the model's own."""

@@ -30,7 +30,7 @@ def measure(
     *,
     batch: int = 50,
     num_steps: int = 25,
-    guidance_scale: float = 5.0,
+    guidance_scale: float = 3.0,
     sampler: str | None = None,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
