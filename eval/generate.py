@@ -113,17 +113,19 @@ def draw(path: Path, prompts, snr_db, reference, received: dict, symbols: dict) 
 
     columns = [("at the server", reference)]
     for scheme, images in received.items():
-        columns += [(f"{scheme}, {symbols[scheme]} symbols\n{level:g} dB", images[i]) for i, level in enumerate(snr_db)]
-    size = (1.9 * len(columns), 2.2 * len(prompts) + 0.6)
-    figure, axes = plt.subplots(len(prompts), len(columns), figsize=size, squeeze=False, layout="constrained")
+        columns += [(f"{scheme}, {level:g} dB\n{symbols[scheme]} symbols", images[i]) for i, level in enumerate(snr_db)]
+    size = (1.75 * len(columns), 2.0 * len(prompts) + 0.5)
+    figure, axes = plt.subplots(len(prompts), len(columns), figsize=size, squeeze=False)
+    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.5 / size[1], bottom=0.3 / size[1], wspace=0.04, hspace=0.15)
     for i, prompt in enumerate(prompts):
         for j, (title, images) in enumerate(columns):
             axes[i, j].imshow(np.asarray(images[i]), interpolation="nearest")
             axes[i, j].set_axis_off()
             if i == 0:
                 axes[i, j].set_title(title, fontsize=9)
-        short = prompt if len(prompt) <= 130 else prompt[:127] + "..."
-        axes[i, 0].text(0, -0.04, short, transform=axes[i, 0].transAxes, fontsize=8, va="top")
+        room = 22 * len(columns)  # letters of this size across the figure
+        short = prompt if len(prompt) <= room else prompt[: room - 3] + "..."
+        axes[i, 0].text(0, -0.03, short, transform=axes[i, 0].transAxes, fontsize=9, va="top")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
