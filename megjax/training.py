@@ -30,7 +30,7 @@ class FitConfig:
     The learning rate rises linearly over `warmup_steps` and falls to zero by a cosine at `num_steps`. `ema_decay` is
     the decay of the parameter average, smaller at first: min(ema_decay, (1 + step) / (10 + step)).
     A dispatch runs `steps_per_dispatch` steps, but never past a log line; 0 means 1 on CPU and 100 elsewhere, since
-    XLA:CPU runs the gradient of a convolution inside a loop tens of times slower. The first step, at the foot of the
+    XLA:CPU runs the gradient of a convolution inside a loop many times slower. The first step, at the foot of the
     warm-up, has learning rate 0.
     """
 
@@ -93,7 +93,7 @@ def data_parallel(loss_fn: LossFn, num_shards: int) -> LossFn:
     """The mean of `num_shards` draws of `loss_fn`, draw i with `fold_in(key, i)`, spread over the devices there are.
 
     What is drawn does not depend on the number of devices, so that losses agree but for rounding. Each draw is one
-    share of the batch: on two cores, two CPU devices take a U-Net step in 0.6 of the time of one.
+    share of the batch.
     """
     if num_shards == 1:
         return loss_fn
