@@ -1,11 +1,12 @@
 """Laws of the block-fading gains h_t, all with E|h_t|^2 = 1."""
 
-import dataclasses
 from typing import Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Key
+
+from megjax.channel.parameters import channel_model, check_count
+from megjax.channel.random import complex_normal
 
 
 @runtime_checkable
@@ -16,28 +17,21 @@ class Fading(Protocol):
         """Complex gains [t] of `num_blocks` consecutive blocks, one realisation; the caller vmaps over keys."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@channel_model
 class NoFading:
     """Additive white Gaussian noise only: every gain is 1."""
 
     def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
         """Gains [t] of ones; `key` is unused."""
-        _check_num_blocks(num_blocks)
+        check_count("num_blocks", num_blocks)
         return jnp.ones(num_blocks, jnp.complex64)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@channel_model
 class RayleighFading:
     """Independent Rayleigh fading from block to block: h_t ~ CN(0, 1), so |h_t|^2 is exponential with mean 1."""
 
     def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
         """Gains [t], independent and circularly symmetric Gaussian."""
-        _check_num_blocks(num_blocks)
-        return jax.random.normal(key, (num_blocks,), jnp.complex64)
-
-
-def _check_num_blocks(num_blocks: int) -> None:
-    if num_blocks < 1:
-        raise ValueError(f"num_blocks is {num_blocks}; it must be 1 or more")
+        check_count("num_blocks", num_blocks)
+        return complex_normal(key, (num_blocks,))

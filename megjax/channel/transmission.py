@@ -5,9 +5,10 @@ fading. Symbols have unit mean power. Equations: D. Tse and P. Viswanath, "Funda
 2005, chapter 2 (block fading) and appendix A.3 (LMMSE estimation).
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Complex, Float, Key
+
+from megjax.channel.random import complex_normal
 
 
 def transmit(
@@ -18,7 +19,7 @@ def transmit(
     noise_var: Float[ArrayLike, ""],
 ) -> Complex[Array, "t k"]:
     """Received symbols y_t = sqrt(p_t) h_t s_t + n_t, n_t ~ CN(0, noise_var), complex64 [t k]."""
-    noise = jax.random.normal(key, symbols.shape, jnp.complex64)
+    noise = complex_normal(key, symbols.shape)
     return (_amplitude(power) * gains)[:, None] * symbols + jnp.sqrt(noise_var) * noise
 
 

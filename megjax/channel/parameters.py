@@ -1,0 +1,74 @@
+"""Channel models as frozen dataclasses whose swept parameters are pytree leaves, checked when a user builds one."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+Model = TypeVar("Model")
+
+
+def static(default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field that changes a shape or a Python branch: part of the tree's structure, not a leaf."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+def channel_model(cls: type[Model]) -> type[Model]:
+    """Make `cls` a frozen dataclass and a pytree: `static()` fields are structure, all others leaves.
+
+    `__post_init__` checks what a user passes; it does not run when JAX rebuilds the tree, where leaves may be tracers,
+    gradients (of any sign) or axis numbers.
+    """
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(cls)
+    leaves = tuple(field.name for field in fields if not field.metadata.get("static"))
+    structure = tuple(field.name for field in fields if field.metadata.get("static"))
+
+    def flatten_with_keys(model):
+        children = tuple((jax.tree_util.GetAttrKey(name), getattr(model, name)) for name in leaves)
+        return children, tuple(getattr(model, name) for name in structure)
+
+    def flatten(model):
+        return tuple(getattr(model, name) for name in leaves), tuple(getattr(model, name) for name in structure)
+
+    def unflatten(fixed, children):
+        model = object.__new__(cls)
+        for name, value in (*zip(structure, fixed, strict=True), *zip(leaves, children, strict=True)):
+            object.__setattr__(model, name, value)
+        return model
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
+def check(name: str, value: Any, allowed: str, valid: Callable[[np.ndarray], Any]) -> None:
+    """ValueError unless `value`, a number or an array of them, is finite and `valid` holds for all of it.
+
+    `allowed` completes the sentence "it must be ...". Tracers pass: inside jit there are no values to check.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        numbers = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}") from None
+    if not (np.all(np.isfinite(numbers)) and np.all(valid(numbers))):
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+
+
+def check_count(name: str, value: Any, smallest: int = 1) -> None:
+    """ValueError unless `value` is an integer of at least `smallest`."""
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not integer or value < smallest:
+        raise ValueError(f"{name} is {value!r}; it must be an integer of {smallest} or more")
+
+
+def scalar(name: str, value: ArrayLike) -> Float[Array, ""]:
+    """A leaf as a float32 scalar; ValueError when it is an array, over which the caller has to vmap."""
+    if jnp.ndim(value):
+        raise ValueError(f"{name} has shape {jnp.shape(value)}; one realisation takes a scalar: vmap over the model")
+    return jnp.asarray(value, jnp.float32)
