@@ -16,6 +16,7 @@ from jaxtyping import Array, Complex, Float, Key, UInt32
 _LOG1P = (-0.0810163641, 0.1271241, -0.129722556, 0.14202163, -0.166422455, 0.200014689, -0.250002966, 0.333333286)
 _SIN = (-0.000195875404, 0.00833274548, -0.166666646)
 _COS = (2.45438903e-05, -0.00138882716, 0.0416666642)
+_THREEFRY = "threefry2x32"
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _SQRT_HALF = 0xB504F333
 """sqrt(1/2) in units of 2^-32."""
@@ -39,6 +40,16 @@ def unit_phasor(key: Key[Array, ""], shape: tuple[int, ...]) -> Complex[Array, "
     return jax.lax.complex(*_unit_circle(_random_words(key, shape)[0]))
 
 
+def fold_in_each(key: Key[Array, ""], data: UInt32[Array, "*s"]) -> Key[Array, "*s"]:
+    """`jax.random.fold_in(key, x)` for every x in `data`, in one kernel."""
+    if str(jax.random.key_impl(key)) != _THREEFRY:
+        folded = jax.vmap(jax.random.fold_in, (None, 0))(key, data.reshape(-1))
+        return folded.reshape(data.shape)
+    key_words = jax.random.key_data(key)
+    words = _threefry2x32(key_words[0], key_words[1], jnp.zeros_like(data), data)
+    return jax.random.wrap_key_data(jnp.stack(words, axis=-1), impl=_THREEFRY)
+
+
 def _random_words(key: Key[Array, ""], shape: tuple[int, ...]) -> tuple[UInt32[Array, "*s"], UInt32[Array, "*s"]]:
     """Two independent arrays of random words: the Threefry-2x32 blocks of counters 0, 1, 2, ... under `key`.
 
@@ -48,7 +59,7 @@ def _random_words(key: Key[Array, ""], shape: tuple[int, ...]) -> tuple[UInt32[A
     size = math.prod(shape)
     if size >= 2**32:
         raise ValueError(f"shape is {shape}; it must hold fewer than 2^32 numbers")
-    if str(jax.random.key_impl(key)) != "threefry2x32":
+    if str(jax.random.key_impl(key)) != _THREEFRY:
         return tuple(jax.random.bits(key, (2, *shape), jnp.uint32))
     key_words = jax.random.key_data(key)
     counter = jax.lax.iota(jnp.uint32, size).reshape(shape)

@@ -1,0 +1,205 @@
+"""Channel rollouts: a function of one realisation, streamed over as many of them as one likes."""
+
+import functools
+import hashlib
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Key
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from megjax.channel.parameters import check_count
+from megjax.channel.random import fold_in_each
+from megjax.channel.reductions import Moments, Reduction
+
+_LIMIT = 2**32 - 1
+_SAVE_EVERY_S = 60.0
+
+
+def rollout(
+    key: Key[Array, ""],
+    fn: Callable[..., Any],
+    num: int,
+    chunk: int = 65_536,
+    *,
+    args: tuple = (),
+    reduction: Reduction | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    progress: bool = True,
+    checkpoint: Path | str | None = None,
+) -> Any:
+    """Draw `num` realisations of `fn(realisation_key, *args)` and reduce them as they come.
+
+    Realisation i gets the key `fold_in(key, i)`: neither `chunk`, the number computed at a time, nor the number of
+    devices changes what it draws; only the rounding of the sums depends on them. `fn` returns an array or a tree of
+    arrays for one realisation. It is vmapped, compiled once, and kept compiled for further calls with the same `fn`
+    object; what varies between calls goes into `args`, a tree of arrays or channel models.
+
+    Args:
+        num: realisations, at most 2^32 - 1.
+        chunk: realisations in memory at a time, over all devices.
+        reduction: `Moments()` by default, which returns `Statistics`; `Histogram`, `Samples` or a `Reduction` of yours.
+        devices: the chunk is split evenly over them; default: all local devices.
+        progress: a bar on stderr, if that is a terminal.
+        checkpoint: file (.safetensors) that keeps the sums about once a minute and on interruption. If it exists, the
+            rollout goes on where it stopped, to the same numbers bit for bit when `chunk` and devices are the same.
+            It stays when the rollout is done: the same call then returns at once.
+
+    Raises ValueError for bad counts, a key that is not a scalar typed key, an `fn` that returns no arrays, or a
+    checkpoint of another rollout.
+    """
+    check_count("num", num)
+    check_count("chunk", chunk)
+    if num > _LIMIT:
+        raise ValueError(f"num is {num}; it must be at most 2^32 - 1 = {_LIMIT}")
+    _check_key(key)
+    reduction = Moments() if reduction is None else reduction
+    devices = tuple(jax.local_devices() if devices is None else devices)
+    share = -(-min(chunk, num) // len(devices))
+    size = share * len(devices)
+    step = _compiled_step(fn, reduction, share, devices)
+    structure = _structure_of_parts(fn, reduction, key, args)
+    store = None if checkpoint is None else _Checkpoint(Path(checkpoint), _fingerprint(key, fn, num, args, reduction))
+    done, total = (0, None) if store is None else store.load(structure)
+    with tqdm(total=num, initial=done, unit=" draws", unit_scale=True, disable=None if progress else True) as bar:
+        try:
+            for start, parts in _one_ahead(lambda i: step(key, np.uint32(i), np.uint32(num), args), done, num, size):
+                total = _merge(reduction, total, parts, len(devices))
+                bar.update(min(start + size, num) - done)
+                done = min(start + size, num)
+                if store is not None:
+                    store.save(done, total, at_once=done == num)
+        except KeyboardInterrupt:
+            if store is not None and total is not None:
+                store.save(done, total, at_once=True)
+            raise
+    return reduction.finish(total)
+
+
+def _one_ahead(step: Callable[[int], Any], start: int, stop: int, size: int) -> Iterator[tuple[int, Any]]:
+    """(first index, parts) of every chunk; each is dispatched before the one ahead of it is handed out."""
+    pending = None
+    for index in range(start, stop, size):
+        following = (index, step(index))
+        if pending is not None:
+            yield pending
+        pending = following
+    if pending is not None:
+        yield pending
+
+
+def _merge(reduction: Reduction, total: Any, parts: Any, num_devices: int) -> Any:
+    """`total` and the parts of one chunk, leaves [device ...], in the order of the realisations."""
+    parts = jax.device_get(parts)
+    for i in range(num_devices):
+        part = jax.tree.map(lambda leaf, i=i: leaf[i], parts)
+        total = part if total is None else reduction.merge(total, part)
+    return total
+
+
+def _check_key(key: Any) -> None:
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed or key.shape:
+        raise ValueError(f"key is {key!r}; it must be one typed key, as jax.random.key(seed) makes")
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled_step(fn: Callable[..., Any], reduction: Reduction, share: int, devices: tuple) -> Callable[..., Any]:
+    """jit of (key, first index, num, args) -> the parts of one chunk, stacked over devices on the first axis."""
+    mesh = Mesh(np.array(devices), ("data",))
+
+    def part(key, start, num, args):
+        offset = jnp.uint32(jax.lax.axis_index("data")) * np.uint32(share)
+        index = start + offset + jnp.arange(share, dtype=jnp.uint32)
+        valid = (index < num) & (index >= start)  # the latter fails where the sum has passed 2^32
+        values = jax.vmap(lambda k: fn(k, *args))(fold_in_each(key, index))
+        return jax.tree.map(lambda leaf: leaf[None], reduction.partial(values, valid))
+
+    everywhere, split = PartitionSpec(), PartitionSpec("data")
+    # The parts of a padded last chunk differ between devices in ways that its checker cannot follow.
+    return jax.jit(jax.shard_map(part, mesh=mesh, in_specs=(everywhere,) * 4, out_specs=split, check_vma=False))
+
+
+def _structure_of_parts(fn: Callable[..., Any], reduction: Reduction, key: Key[Array, ""], args: tuple) -> Any:
+    """Tree structure of the reduction's parts; ValueError when `fn` does not return arrays."""
+    try:
+        shapes = jax.eval_shape(fn, key, *args)
+    except TypeError as error:
+        if "is not a valid JAX type" in str(error):
+            raise ValueError(f"fn must return an array or a tree of arrays: {error}") from None
+        raise
+    if not jax.tree.leaves(shapes):
+        raise ValueError("fn returns nothing; it must return an array or a tree of arrays")
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), shapes)
+    return jax.tree.structure(jax.eval_shape(reduction.partial, batch, jax.ShapeDtypeStruct((1,), jnp.bool_)))
+
+
+def _fingerprint(key: Key[Array, ""], fn: Callable[..., Any], num: int, args: tuple, reduction: Reduction) -> str:
+    """Digest of all that determines the result: the traced program with its constants, the arguments and the key."""
+    program = jax.make_jaxpr(fn)(key, *args)
+    text = re.sub(r" at 0x[0-9a-f]+", "", f"{program.jaxpr} {reduction!r} {num} {jax.tree.structure(args)}")
+    digest = hashlib.sha256(text.encode())
+    for leaf in (jax.random.key_data(key), *program.consts, *jax.tree.leaves(args)):
+        leaf = jax.random.key_data(leaf) if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key) else leaf
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+class _Checkpoint:
+    """The sums of an unfinished rollout in one safetensors file, replaced in one step."""
+
+    def __init__(self, path: Path, fingerprint: str):
+        if path.suffix != ".safetensors":
+            raise ValueError(f"checkpoint is {str(path)!r}; it must end in .safetensors")
+        if not path.parent.is_dir():
+            raise ValueError(f"checkpoint is {str(path)!r}; its folder does not exist")
+        self.path, self.fingerprint, self.saved_at = path, fingerprint, time.monotonic()
+
+    def load(self, structure: Any) -> tuple[int, Any]:
+        """Realisations done and their sums; (0, None) without a file."""
+        if not self.path.exists():
+            return 0, None
+        try:
+            with safe_open(self.path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                leaves = [_load_leaf(file, i) for i in range(len(file.keys()))]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"checkpoint {str(self.path)!r} cannot be read: {error}") from None
+        if metadata.get("rollout") != self.fingerprint or len(leaves) != structure.num_leaves:
+            raise ValueError(
+                f"checkpoint {str(self.path)!r} belongs to another rollout (key, fn, num, args or reduction differ); "
+                "remove it or name another file"
+            )
+        return int(metadata["done"]), jax.tree.unflatten(structure, leaves)
+
+    def save(self, done: int, total: Any, at_once: bool) -> None:
+        """Write the sums now, or when a minute has passed since they last were."""
+        if not at_once and time.monotonic() - self.saved_at < _SAVE_EVERY_S:
+            return
+        leaves = dict(_named_leaf(i, np.asarray(leaf, order="C")) for i, leaf in enumerate(jax.tree.leaves(total)))
+        part = self.path.with_name(self.path.name + ".part")
+        save_file(leaves, part, metadata={"rollout": self.fingerprint, "done": str(done)})
+        part.replace(self.path)
+        self.saved_at = time.monotonic()
+
+
+def _named_leaf(i: int, leaf: np.ndarray) -> tuple[str, np.ndarray]:
+    """Safetensors has no complex128: such a leaf is kept as pairs of reals."""
+    return (
+        (f"{i}.pairs", leaf.reshape(*leaf.shape, 1).view(np.float64)) if leaf.dtype == np.complex128 else (f"{i}", leaf)
+    )
+
+
+def _load_leaf(file: safe_open, i: int) -> np.ndarray:
+    if f"{i}.pairs" in file.keys():  # noqa: SIM118
+        return file.get_tensor(f"{i}.pairs").view(np.complex128)[..., 0]
+    return file.get_tensor(f"{i}")

@@ -1,0 +1,117 @@
+"""Tests of the random numbers of the channel: the same words as JAX's Threefry, exact transforms, right law."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from megjax.channel.random import (
+    _random_words,
+    _unit_circle,
+    _unit_exponential,
+    complex_normal,
+    fold_in_each,
+    unit_phasor,
+)
+
+NUM = 2_000_000
+FOUR_SIGMA = 4.0
+SMALLEST_P = 1e-4
+
+
+@pytest.fixture(scope="module")
+def words():
+    """Both ends of the range, the neighbourhood of sqrt(1/2), quadrant borders, and random words."""
+    near = np.arange(-2000, 2000, dtype=np.int64)
+    special = np.concatenate([near + offset for offset in (0, 0xB504F333, 2**29, 2**30, 2**31, 3 * 2**30)])
+    drawn = np.random.default_rng(0).integers(0, 2**32, 500_000)
+    return (np.concatenate([special, drawn]) % 2**32).astype(np.uint32)
+
+
+@pytest.fixture(scope="module")
+def numbers():
+    return np.asarray(jax.jit(lambda key: complex_normal(key, (NUM,)))(jax.random.key(1)))
+
+
+def test_words_are_those_of_split():
+    first, second = _random_words(jax.random.key(3), (50, 20))
+    split = jax.random.key_data(jax.random.split(jax.random.key(3), 1000)).reshape(50, 20, 2)
+    np.testing.assert_array_equal(first, split[..., 0])
+    np.testing.assert_array_equal(second, split[..., 1])
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_fold_in_each(impl):
+    data = jnp.array([[0, 1, 2], [7, 2**31, 2**32 - 1]], jnp.uint32)
+    folded = jax.jit(fold_in_each)(jax.random.key(4, impl=impl), data)
+    assert folded.shape == data.shape
+    for i in range(2):
+        for j in range(3):
+            expected = jax.random.fold_in(jax.random.key(4, impl=impl), data[i, j])
+            np.testing.assert_array_equal(jax.random.key_data(folded[i, j]), jax.random.key_data(expected))
+
+
+def test_exponential_is_exact_at_both_ends(words):
+    measured = np.asarray(jax.jit(_unit_exponential)(words), np.float64)
+    below = (2**32 - 1 - words.astype(np.float64) + 0.5) / 2**32  # 1 - u
+    exact = np.where(below < 0.5, -np.log1p(-below), -np.log((words.astype(np.float64) + 0.5) / 2**32))
+    # float32 rounds to 6e-8; a handful of operations follow one another.
+    np.testing.assert_allclose(measured, exact, rtol=4 * np.finfo(np.float32).eps)
+    assert measured.max() == pytest.approx(33 * np.log(2)) and measured.min() == pytest.approx(2.0**-33)
+
+
+def test_circle(words):
+    cosine, sine = (np.asarray(part, np.float64) for part in jax.jit(_unit_circle)(words))
+    # The two high bits are a quadrant, the others a signed angle within it.
+    angle = (words << 2).view(np.int32) * (np.pi / 4 * 2.0**-31) + (words >> 30) * (np.pi / 2)
+    np.testing.assert_allclose(cosine, np.cos(angle), atol=2 * np.finfo(np.float32).eps)
+    np.testing.assert_allclose(sine, np.sin(angle), atol=2 * np.finfo(np.float32).eps)
+
+
+def test_laws(numbers):
+    assert numbers.dtype == np.complex64
+    assert stats.kstest(np.abs(numbers.astype(np.complex128)) ** 2, stats.expon.cdf).pvalue > SMALLEST_P
+    assert stats.kstest(np.angle(numbers), stats.uniform(-np.pi, 2 * np.pi).cdf).pvalue > SMALLEST_P
+    for part in (numbers.real, numbers.imag):
+        assert stats.kstest(part, stats.norm(scale=np.sqrt(0.5)).cdf).pvalue > SMALLEST_P
+
+
+@pytest.mark.parametrize(
+    ("moment", "expected"),
+    [
+        (lambda z: np.abs(z) ** 2, 1.0),
+        (lambda z: np.abs(z) ** 4, 2.0),
+        (lambda z: np.abs(z) ** 6, 6.0),
+        (lambda z: (z**2).real, 0.0),
+        (lambda z: (z[1:] * z[:-1].conj()).real, 0.0),
+        (lambda z: (np.abs(z[1:]) ** 2 - 1) * (np.abs(z[:-1]) ** 2 - 1), 0.0),
+        (lambda z: np.abs(z) ** 2 < 1e-4, -np.expm1(-1e-4)),
+        (lambda z: np.abs(z) ** 2 > 9, np.exp(-9)),
+    ],
+)
+def test_moments(numbers, moment, expected):
+    samples = np.asarray(moment(numbers.astype(np.complex128)), np.float64)
+    assert abs(samples.mean() - expected) <= FOUR_SIGMA * samples.std() / np.sqrt(samples.size)
+
+
+def test_phasors():
+    phasors = np.asarray(unit_phasor(jax.random.key(5), (100_000,)))
+    np.testing.assert_allclose(np.abs(phasors), 1, atol=2e-7)
+    assert stats.kstest(np.angle(phasors), stats.uniform(-np.pi, 2 * np.pi).cdf).pvalue > SMALLEST_P
+
+
+def test_keys_of_another_generator():
+    samples = complex_normal(jax.random.key(6, impl="rbg"), (200_000,))
+    assert stats.kstest(np.abs(np.asarray(samples)) ** 2, stats.expon.cdf).pvalue > SMALLEST_P
+
+
+def test_jit_and_vmap_agree_with_the_loop():
+    batched = jax.jit(jax.vmap(lambda key: complex_normal(key, (3, 5))))(jax.random.split(jax.random.key(7), 4))
+    loop = [complex_normal(key, (3, 5)) for key in jax.random.split(jax.random.key(7), 4)]
+    np.testing.assert_allclose(batched, np.stack(loop), rtol=1e-6, atol=1e-7)
+
+
+def test_too_many_numbers():
+    with pytest.raises(ValueError, match="fewer than 2\\^32"):
+        complex_normal(jax.random.key(0), (2**16, 2**16))

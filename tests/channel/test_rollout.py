@@ -1,0 +1,215 @@
+"""Tests of rollouts: the same draws however they are chunked, exact sums, resumption, clear errors."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from megjax.channel.fading import RayleighFading
+from megjax.channel.parameters import channel_model
+from megjax.channel.reductions import Histogram, Moments, Reduction, Samples
+from megjax.channel.rollout import rollout
+
+KEY = 11
+
+
+def gains(key):
+    return RayleighFading().sample(key, 3)
+
+
+def summary(key):
+    h = gains(key)
+    g = jnp.square(h.real) + jnp.square(h.imag)
+    return {"gain": g, "first": h[0], "outage": jnp.min(g) < 0.1}
+
+
+def draw(num, chunk, **options):
+    return rollout(jax.random.key(KEY), gains, num, chunk, reduction=Samples(), **options)
+
+
+def test_realisation_i_has_the_key_folded_with_i():
+    drawn = draw(5, 2)
+    assert drawn.shape == (5, 3) and drawn.dtype == np.complex64
+    for i in range(5):
+        np.testing.assert_allclose(drawn[i], gains(jax.random.fold_in(jax.random.key(KEY), i)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 99, 100, 101, 1000])
+def test_chunks_do_not_change_the_draws(chunk):
+    np.testing.assert_allclose(draw(100, chunk), draw(100, 64), rtol=1e-6)
+
+
+def test_devices_do_not_change_the_draws():
+    code = """
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 4)
+from megjax.channel.reductions import Samples
+from megjax.channel.rollout import rollout
+from tests.channel.test_rollout import KEY, gains, summary
+assert len(jax.devices()) == 4
+key = jax.random.key(KEY)
+one, four = (rollout(key, gains, 103, 32, reduction=Samples(), devices=jax.devices()[:n]) for n in (1, 4))
+np.testing.assert_allclose(one, four, rtol=1e-6)
+one, four = (rollout(key, summary, 1003, 200, devices=jax.devices()[:n]) for n in (1, 4))
+assert one.count == four.count == 1003
+for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four)):
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("num", "chunk"), [(1000, 1000), (1000, 300), (999, 7), (2, 5)])
+def test_moments_are_those_of_the_samples(num, chunk):
+    key = jax.random.key(KEY)
+    statistics = rollout(key, summary, num, chunk)
+    samples = rollout(jax.random.clone(key), summary, num, chunk, reduction=Samples())
+    assert statistics.count == num
+    for name, values in samples.items():
+        values = values.astype(np.complex128 if np.iscomplexobj(values) else np.float64)
+        np.testing.assert_allclose(statistics.mean[name], values.mean(0), rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(statistics.variance[name], values.var(0, ddof=1), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(statistics.standard_error[name] ** 2 * num, statistics.variance[name], rtol=1e-12)
+
+
+def test_moments_of_a_large_mean_keep_their_digits():
+    statistics = rollout(jax.random.key(KEY), lambda key: 1e4 + jax.random.uniform(key), 200_000, 65_536)
+    # float32 resolves 1e4 to 1e-3, so the variance 1/12 is that of rounded values; naive sums of squares give noise.
+    assert abs(statistics.mean - 10_000.5) < 4 * np.sqrt(1 / 12 / 200_000) + 1e-3
+    np.testing.assert_allclose(statistics.variance, 1 / 12, rtol=4 * np.sqrt(0.8 / 200_000) + 1e-3)
+
+
+def test_one_realisation_has_no_variance():
+    statistics = rollout(jax.random.key(KEY), summary, 1)
+    assert statistics.count == 1 and np.isnan(statistics.variance["outage"])
+
+
+@pytest.mark.parametrize("chunk", [1000, 300])
+def test_histogram_counts_every_entry(chunk):
+    def fn(key):
+        return jnp.concatenate([summary(key)["gain"], jnp.array([jnp.nan, -1.0, 2.0])])
+
+    counts = rollout(jax.random.key(KEY), fn, 1000, chunk, reduction=Histogram(0.0, 2.0, 8))
+    samples = np.asarray(rollout(jax.random.key(KEY), fn, 1000, chunk, reduction=Samples()))
+    inside = np.histogram(samples[samples < 2], counts.edges)[0]
+    expected = [1000, *inside, np.sum(samples >= 2) + 1000]
+    np.testing.assert_array_equal(counts.counts, expected)
+    share = [np.mean(np.where(np.isnan(samples), np.inf, samples) < edge) for edge in counts.edges]
+    np.testing.assert_allclose(counts.cdf(), share)
+
+
+def test_arguments_vary_without_a_new_program():
+    traces = []
+
+    def fn(key, noise_var, model):
+        traces.append(None)
+        return noise_var * jnp.abs(model.sample(key, 2)) ** 2
+
+    once, twice = (
+        rollout(jax.random.key(KEY), fn, 50, 50, args=(jnp.float32(v), RayleighFading())).mean for v in (1.0, 2.0)
+    )
+    np.testing.assert_allclose(twice, 2 * once, rtol=1e-6)
+    assert len(traces) == 2  # one abstract evaluation for the structure, one compilation
+
+
+def test_a_reduction_of_ones_own():
+    @channel_model
+    class Largest:
+        def partial(self, values, valid):
+            return jnp.max(jnp.where(valid, values, -jnp.inf))
+
+        def merge(self, total, part):
+            return np.maximum(total, part)
+
+        def finish(self, total):
+            return float(total)
+
+    assert isinstance(Largest(), Reduction)
+    outage = rollout(jax.random.key(KEY), lambda key: jnp.abs(gains(key))[0], 100, 33, reduction=Largest())
+    assert outage == pytest.approx(np.abs(draw(100, 33)[:, 0]).max())
+
+
+class Interrupting(Moments):
+    """Raises KeyboardInterrupt at the given merge, as Ctrl-C would."""
+
+    left = 0
+
+    def merge(self, total, part):
+        Interrupting.left -= 1
+        if Interrupting.left == 0:
+            raise KeyboardInterrupt
+        return super().merge(total, part)
+
+
+def test_interrupted_and_resumed_is_bit_equal(tmp_path):
+    path = tmp_path / "sums.safetensors"
+    run = dict(key=jax.random.key(KEY), fn=summary, num=1000, chunk=90, reduction=Interrupting())
+    Interrupting.left = 6
+    with pytest.raises(KeyboardInterrupt):
+        rollout(**run, checkpoint=path)
+    kept = path.read_bytes()
+    Interrupting.left = 0
+    resumed = rollout(**run, checkpoint=path)
+    assert Interrupting.left == -6  # 12 chunks make 11 merges, of which 5 were kept
+    whole = rollout(**run)
+    for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert path.read_bytes() != kept
+    again = rollout(**run, checkpoint=path)
+    np.testing.assert_array_equal(again.mean["gain"], whole.mean["gain"])
+
+
+def test_a_checkpoint_of_another_rollout_is_refused(tmp_path):
+    path = tmp_path / "sums.safetensors"
+    scale = jnp.array([1.0, 2.0, 3.0])
+
+    def run(seed=KEY, factor=scale, num=10, args=(1.0,), reduction=None):
+        def fn(key, offset):
+            return jnp.abs(gains(key)) * factor + offset
+
+        return rollout(jax.random.key(seed), fn, num, args=args, reduction=reduction, checkpoint=path)
+
+    first = run()
+    np.testing.assert_array_equal(run().mean, first.mean)
+    for other in (dict(seed=12), dict(factor=2 * scale), dict(num=11), dict(args=(2.0,)), dict(reduction=Samples())):
+        with pytest.raises(ValueError, match="belongs to another rollout"):
+            run(**other)
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="cannot be read"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num=0), "num is 0; it must be an integer of 1 or more"),
+        (dict(num=-3), "num is -3"),
+        (dict(num=2**32), "num is 4294967296; it must be at most 2\\^32 - 1"),
+        (dict(chunk=0), "chunk is 0"),
+        (dict(fn=lambda key: None), "fn returns nothing"),
+        (dict(fn=lambda key: "gain"), "fn must return an array"),
+        (dict(checkpoint="sums.npz"), "must end in .safetensors"),
+        (dict(checkpoint="no/such/folder/sums.safetensors"), "folder does not exist"),
+        (dict(reduction=Histogram(0.0, 1.0)), "complex leaf has no histogram"),
+    ],
+)
+def test_bad_arguments(options, message):
+    run = dict(key=jax.random.key(0), fn=gains, num=10, chunk=10)
+    with pytest.raises(ValueError, match=message):
+        rollout(**(run | options))
+
+
+def test_bad_keys():
+    for key in (jnp.zeros(2, jnp.uint32), jax.random.split(jax.random.key(0), 2)):
+        with pytest.raises(Exception, match="key"):
+            rollout(key, gains, 10)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(low=1.0, high=1.0), dict(low=0.0, high=np.inf), dict(low=0.0, high=1.0, bins=0)]
+)
+def test_bad_histograms(options):
+    with pytest.raises(ValueError, match="low, high|bins"):
+        Histogram(**options)
