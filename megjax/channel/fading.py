@@ -1,12 +1,16 @@
-"""Laws of the block-fading gains h_t, all with E|h_t|^2 = 1."""
+"""Laws of the block-fading gains h_t, all with E|h_t|^2 = 1, that are independent from block to block."""
 
-from typing import Protocol, runtime_checkable
+import math
+from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Complex, Key
+import numpy as np
+from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
-from megjax.channel.parameters import channel_model, check_count
-from megjax.channel.random import complex_normal
+from megjax import units
+from megjax.channel.parameters import channel_model, check, check_count, scalar, static
+from megjax.channel.random import complex_normal, unit_phasor
 
 
 @runtime_checkable
@@ -15,6 +19,28 @@ class Fading(Protocol):
 
     def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
         """Complex gains [t] of `num_blocks` consecutive blocks, one realisation; the caller vmaps over keys."""
+
+
+def amplitude(power: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """sqrt(power), elementwise, with gradient 0 instead of infinity where the power is 0."""
+    on = power > 0
+    return jnp.where(on, jnp.sqrt(jnp.where(on, power, 1.0)), 0.0)
+
+
+def broadcast_fields(model: Any, *names: str) -> None:
+    """Give the named leaves of a model under construction one shape, so that vmap finds an axis in each of them.
+
+    Where all are scalars nothing changes. Raises ValueError when their shapes do not broadcast.
+    """
+    values = [getattr(model, name) for name in names]
+    try:
+        shape = np.broadcast_shapes(*map(jnp.shape, values))
+    except ValueError:
+        shapes = " and ".join(str(jnp.shape(value)) for value in values)
+        raise ValueError(f"{', '.join(names)} have shapes {shapes}; they must broadcast to one shape") from None
+    for name, value in zip(names, values, strict=True):
+        if jnp.shape(value) != shape:
+            object.__setattr__(model, name, jnp.broadcast_to(jnp.asarray(value), shape))
 
 
 @channel_model
@@ -35,3 +61,89 @@ class RayleighFading:
         """Gains [t], independent and circularly symmetric Gaussian."""
         check_count("num_blocks", num_blocks)
         return complex_normal(key, (num_blocks,))
+
+
+@channel_model
+class RicianFading:
+    """A line of sight, the same in all blocks, plus independent scattering in each.
+
+    h_t = sqrt(K / (K + 1)) exp(j phi) + sqrt(1 / (K + 1)) w_t, w_t ~ CN(0, 1): D. Tse and P. Viswanath, "Fundamentals
+    of Wireless Communication", 2005, section 2.4.2. `k_factor` is K >= 0, the linear power ratio of line of sight to
+    scattering; `los_phase` is phi in radians. With `random_phase` (static) a phase uniform on the circle is added,
+    drawn once per realisation. At K = 0 exactly, where sqrt(K) has no derivative, the gradient with respect to
+    `k_factor` is that of the scattering alone. Raises ValueError for K < 0 or values that are not finite.
+    """
+
+    k_factor: ArrayLike
+    los_phase: ArrayLike = 0.0
+    random_phase: bool = static(False)
+
+    def __post_init__(self):
+        check("k_factor", self.k_factor, "finite and 0 or more (linear, not dB)", lambda k: k >= 0)
+        check("los_phase", self.los_phase, "a finite angle in radians", lambda phase: True)
+        if not isinstance(self.random_phase, bool):
+            raise ValueError(f"random_phase is {self.random_phase!r}; it must be True or False")
+        broadcast_fields(self, "k_factor", "los_phase")
+
+    def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
+        """Gains [t], independent given the phase of the line of sight."""
+        check_count("num_blocks", num_blocks)
+        k_factor, phase = scalar("k_factor", self.k_factor), scalar("los_phase", self.los_phase)
+        direction = jax.lax.complex(jnp.cos(phase), jnp.sin(phase))
+        if self.random_phase:
+            key, phase_key = jax.random.split(key)
+            direction = direction * unit_phasor(phase_key, ())
+        line_of_sight = amplitude(k_factor / (1 + k_factor)) * direction
+        return line_of_sight + jax.lax.rsqrt(1 + k_factor) * complex_normal(key, (num_blocks,))
+
+
+@channel_model
+class NakagamiFading:
+    """Independent Nakagami-m fading from block to block: |h_t|^2 ~ Gamma(shape m, scale 1/m), uniform phase.
+
+    `m` >= 0.5; 1 is Rayleigh fading, and larger is milder: the variance of |h_t|^2 is 1/m. M. Nakagami, "The
+    m-distribution: a general formula of intensity distribution of rapid fading", 1960, eq. 3. Differentiable in m,
+    through the implicit gradient of `jax.random.loggamma`. Raises ValueError for m < 0.5 or not finite.
+    """
+
+    m: ArrayLike
+
+    def __post_init__(self):
+        check("m", self.m, "finite and 0.5 or more", lambda m: m >= 0.5)
+
+    def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
+        """Gains [t], independent and circularly symmetric."""
+        check_count("num_blocks", num_blocks)
+        m = scalar("m", self.m)
+        gamma_key, phase_key = jax.random.split(key)
+        # The logarithm keeps deep fades, whose power rounds to 0 for small m, and gives them a finite gradient.
+        log_power = jax.random.loggamma(gamma_key, m, (num_blocks,)) - jnp.log(m)
+        return jnp.exp(log_power / 2) * unit_phasor(phase_key, (num_blocks,))
+
+
+@channel_model
+class ShadowedFading:
+    """Log-normal shadowing on top of another law: one factor per realisation, the same for all blocks of an image.
+
+    h_t = 10^(X / 20) f_t / sqrt(E 10^(X / 10)) with X ~ N(0, sigma_db^2) in dB and f_t the gains of `fading`, any
+    `Fading` that is a pytree. The linear mean E 10^(X / 10) = exp((sigma_db ln 10 / 10)^2 / 2) keeps E|h_t|^2 = 1: the
+    median power is then below 0 dB, by sigma_db^2 ln 10 / 20 dB. G. L. Stüber, "Principles of Mobile Communication",
+    4th ed., 2017, section 2.4 (log-normal shadowing and its area mean). Raises ValueError for sigma_db < 0 or not
+    finite, or when `fading` has no method `sample`.
+    """
+
+    fading: Fading
+    sigma_db: ArrayLike
+
+    def __post_init__(self):
+        if not callable(getattr(self.fading, "sample", None)):
+            raise ValueError(f"fading is {self.fading!r}; it must have a method sample(key, num_blocks)")
+        check("sigma_db", self.sigma_db, "finite and 0 or more, in dB", lambda sigma: sigma >= 0)
+
+    def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
+        """Gains [t]: those of `fading` times the shadowing of this realisation."""
+        sigma_db = scalar("sigma_db", self.sigma_db)
+        fading_key, shadow_key = jax.random.split(key)
+        mean_db = jnp.square(sigma_db) * (math.log(10) / 20)
+        shadowing_db = sigma_db * jax.random.normal(shadow_key) - mean_db
+        return units.db_to_linear(shadowing_db / 2) * self.fading.sample(fading_key, num_blocks)

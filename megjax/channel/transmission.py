@@ -1,8 +1,10 @@
-"""Transmission over block fading with absolute noise, and the LMMSE receiver that knows the gains.
+"""Transmission over block fading with absolute noise, and the LMMSE and zero-forcing receivers that know the gains.
 
 Powers p_t are linear; `noise_var` is sigma^2 > 0 per complex symbol and never depends on the signal, its power or its
-fading. Symbols have unit mean power. Equations: D. Tse and P. Viswanath, "Fundamentals of Wireless Communication",
-2005, chapter 2 (block fading) and appendix A.3 (LMMSE estimation).
+fading. Symbols have unit mean power. Receivers take one noise variance or one per block [t]: one that holds LMMSE
+estimates of the gains, with error variance e, passes them as `gains` and noise_var + power * e as `noise_var`.
+Equations: D. Tse and P. Viswanath, "Fundamentals of Wireless Communication", 2005, chapter 2 (block fading) and
+appendix A.3 (LMMSE estimation).
 """
 
 import jax.numpy as jnp
@@ -27,21 +29,51 @@ def equalize_lmmse(
     received: Complex[Array, "t k"],
     gains: Complex[Array, " t"],
     power: Float[Array, " t"],
-    noise_var: Float[ArrayLike, ""],
+    noise_var: Float[ArrayLike, ""] | Float[Array, " t"],
 ) -> Complex[Array, "t k"]:
     """LMMSE estimate of unit-variance symbols, s^_t = sqrt(p_t) conj(h_t) y_t / (p_t |h_t|^2 + noise_var).
 
-    The error variance is 1 / (1 + gamma_t), gamma_t as in `post_equalisation_snr`; a block without power gives zeros.
+    The error variance is `lmmse_error_var`; a block without power gives zeros. The estimate is shrunk by
+    gamma_t / (1 + gamma_t), gamma_t as in `post_equalisation_snr`: hard decisions on QAM take `equalize_zf` instead.
     """
     weight = _amplitude(power) * jnp.conj(gains) / (power * _squared_magnitude(gains) + noise_var)
     return weight[:, None] * received
 
 
+def equalize_zf(
+    received: Complex[Array, "t k"], gains: Complex[Array, " t"], power: Float[Array, " t"]
+) -> Complex[Array, "t k"]:
+    """Zero-forcing estimate s^_t = y_t / (sqrt(p_t) h_t), unbiased; the LMMSE estimate times (1 + gamma_t) / gamma_t.
+
+    The error variance is `zf_error_var`. A block without power or gain carries no signal and gives zeros.
+    """
+    magnitude = _squared_magnitude(gains)
+    usable = (power > 0) & (magnitude > 0)
+    weight = jnp.conj(gains) / jnp.where(usable, _amplitude(power) * magnitude, 1.0)
+    return jnp.where(usable, weight, 0)[:, None] * received
+
+
 def post_equalisation_snr(
-    gains: Complex[Array, " t"], power: Float[Array, " t"], noise_var: Float[ArrayLike, ""]
+    gains: Complex[Array, " t"], power: Float[Array, " t"], noise_var: Float[ArrayLike, ""] | Float[Array, " t"]
 ) -> Float[Array, " t"]:
     """gamma_t = p_t |h_t|^2 / noise_var, the linear signal-to-noise ratio of each block."""
     return power * _squared_magnitude(gains) / noise_var
+
+
+def lmmse_error_var(
+    gains: Complex[Array, " t"], power: Float[Array, " t"], noise_var: Float[ArrayLike, ""] | Float[Array, " t"]
+) -> Float[Array, " t"]:
+    """E|s^_t - s_t|^2 = 1 / (1 + gamma_t) of `equalize_lmmse`, in (0, 1]; 1 in a block without power or gain."""
+    return 1 / (1 + post_equalisation_snr(gains, power, noise_var))
+
+
+def zf_error_var(
+    gains: Complex[Array, " t"], power: Float[Array, " t"], noise_var: Float[ArrayLike, ""] | Float[Array, " t"]
+) -> Float[Array, " t"]:
+    """E|s^_t - s_t|^2 = 1 / gamma_t of `equalize_zf`; 1 in a block without power or gain, whose estimate is zero."""
+    snr = post_equalisation_snr(gains, power, noise_var)
+    usable = snr > 0
+    return jnp.where(usable, 1 / jnp.where(usable, snr, 1.0), 1.0)
 
 
 def _squared_magnitude(gains: Complex[Array, " t"]) -> Float[Array, " t"]:

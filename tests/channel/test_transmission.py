@@ -1,4 +1,4 @@
-"""Tests of transmission and LMMSE equalisation against closed forms."""
+"""Tests of transmission, LMMSE and zero-forcing equalisation against closed forms."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from megjax import units
-from megjax.channel import RayleighFading, equalize_lmmse, post_equalisation_snr, transmit
+from megjax.channel.fading import RayleighFading
+from megjax.channel.transmission import (
+    equalize_lmmse,
+    equalize_zf,
+    lmmse_error_var,
+    post_equalisation_snr,
+    transmit,
+    zf_error_var,
+)
 
 NUM_SYMBOLS = 20_000
 FOUR_SIGMA = 4.0
@@ -116,3 +124,74 @@ def test_silent_block_gives_zeros_and_finite_gradients():
 def test_mismatched_shapes_are_rejected():
     with pytest.raises(Exception, match="gains|dimension"):
         transmit(jax.random.key(0), random_symbols(13, (4, 2)), GAINS, POWER, 1.0)
+
+
+def test_zero_forcing_is_unbiased_with_the_stated_error():
+    noise_var = 0.4
+    symbols = random_symbols(14, (3, NUM_SYMBOLS))
+    received = transmit(jax.random.key(15), symbols, GAINS, POWER, noise_var)
+    estimate = equalize_zf(received, GAINS, POWER)
+    assert estimate.shape == symbols.shape and estimate.dtype == jnp.complex64
+    error = np.asarray(estimate - symbols)
+    mean, spread = mean_and_error(np.abs(error) ** 2)
+    assert np.all(np.abs(mean - zf_error_var(GAINS, POWER, noise_var)) <= FOUR_SIGMA * spread)
+    mean, spread = mean_and_error((error * np.asarray(symbols).conj()).real)
+    assert np.all(np.abs(mean) <= FOUR_SIGMA * spread)
+    snr = post_equalisation_snr(GAINS, POWER, noise_var)
+    lmmse = equalize_lmmse(received, GAINS, POWER, noise_var)
+    np.testing.assert_allclose(lmmse * ((1 + snr) / snr)[:, None], estimate, rtol=1e-5, atol=1e-5)
+
+
+def test_hand_computed_zero_forcing():
+    # (2 + 2j) / (sqrt(4) 1j) = 1 - 1j; gamma = 4 / 0.5
+    gains, power = jnp.array([1j]), jnp.array([4.0])
+    np.testing.assert_allclose(equalize_zf(jnp.array([[2 + 2j]]), gains, power), [[1 - 1j]], rtol=1e-6)
+    np.testing.assert_allclose(zf_error_var(gains, power, 0.5), [1 / 8], rtol=1e-6)
+    np.testing.assert_allclose(lmmse_error_var(gains, power, 0.5), [1 / 9], rtol=1e-6)
+
+
+def test_zero_forcing_of_blocks_without_power_or_gain():
+    power, gains = jnp.array([1.0, 0.0, 2.0]), jnp.array([1.0, 0.5, 0.0], jnp.complex64)
+    received = random_symbols(16, (3, 8))
+
+    def summary(gains, power):
+        estimate = equalize_zf(received, gains, power)
+        return jnp.sum(jnp.abs(estimate) ** 2) + jnp.sum(zf_error_var(gains, power, 0.3))
+
+    np.testing.assert_array_equal(equalize_zf(received, gains, power)[1:], np.zeros((2, 8)))
+    np.testing.assert_allclose(zf_error_var(gains, power, 0.3), [0.3, 1, 1], rtol=1e-6)
+    np.testing.assert_allclose(lmmse_error_var(gains, power, 0.3), [0.3 / 1.3, 1, 1], rtol=1e-6)
+    for gradient in jax.grad(summary, argnums=(0, 1))(gains, power):
+        assert np.all(np.isfinite(gradient)) and gradient[0] != 0
+
+
+def test_noise_variance_per_block():
+    noise_vars = jnp.array([0.1, 0.5, 2.0])
+    received = random_symbols(17, (3, 4))
+    for i in range(3):
+        one = (GAINS[i : i + 1], POWER[i : i + 1])
+        row = equalize_lmmse(received[i : i + 1], *one, noise_vars[i])
+        np.testing.assert_allclose(equalize_lmmse(received, GAINS, POWER, noise_vars)[i], row[0], rtol=1e-6)
+        for function in (post_equalisation_snr, lmmse_error_var, zf_error_var):
+            np.testing.assert_allclose(function(GAINS, POWER, noise_vars)[i], function(*one, noise_vars[i])[0], 1e-6)
+
+
+def test_receiver_with_estimated_gains():
+    """Gains known up to an error of variance e: the LMMSE receiver counts power * e as noise."""
+    error_var, noise_var, power = 0.2, 0.3, jnp.full(NUM_SYMBOLS, 1.5)
+    known_key, error_key, noise_key, symbol_key = jax.random.split(jax.random.key(18), 4)
+    known = jnp.sqrt(1 - error_var) * jax.random.normal(known_key, (NUM_SYMBOLS,), jnp.complex64)
+    gains = known + jnp.sqrt(error_var) * jax.random.normal(error_key, (NUM_SYMBOLS,), jnp.complex64)
+    symbols = jax.random.normal(symbol_key, (NUM_SYMBOLS, 1), jnp.complex64)
+    received = transmit(noise_key, symbols, gains, power, noise_var)
+    effective = noise_var + power * error_var
+    errors = np.abs(np.asarray(equalize_lmmse(received, known, power, effective) - symbols)[:, 0]) ** 2
+    mean, spread = mean_and_error(errors - np.asarray(lmmse_error_var(known, power, effective)))
+    assert abs(mean) <= FOUR_SIGMA * spread
+
+
+def test_zero_forcing_under_vmap_and_jit_agrees_with_the_loop():
+    batch = random_symbols(19, (4, 3, 5))
+    mapped = jax.jit(jax.vmap(lambda received: equalize_zf(received, GAINS, POWER)))(batch)
+    loop = np.stack([equalize_zf(received, GAINS, POWER) for received in batch])
+    np.testing.assert_allclose(mapped, loop, rtol=1e-5, atol=1e-6)

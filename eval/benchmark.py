@@ -1,0 +1,119 @@
+"""Measure how fast a stage of the library runs on this machine, next to its peers, and write the tables of the docs."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from eval.measure import ROOT, environment
+from eval.stages import channel
+from megjax.configs import read_json, require, require_positive_integers, write_json, write_text
+from megjax.runtime import command
+
+HEADER = """# Benchmarks
+
+Made by `python -m eval.benchmark tables` from the JSON files under `benchmarks/`, which commands such as `python -m
+eval.benchmark channel` write. Rates are medians over interleaved rounds with quartiles in brackets; the first call
+includes tracing and compilation. Bytes written are those of the output, and `copy` is what copying an array of its size
+reaches in the same run.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to measure and where the results go."""
+
+    stage: tyro.conf.Positional[Literal["channel", "tables"]]
+    """"channel", or "tables", which rewrites docs/benchmarks.md from the files under --folder."""
+    batches: tuple[int, ...] = (4_096, 65_536)
+    """Realisations at a time."""
+    rounds: int = 9
+    """Samples of each contender."""
+    peers: bool = True
+    """Measure other software too, where it is installed."""
+    folder: Path = ROOT / "benchmarks"
+    """Folder of the JSON files."""
+
+
+def run(args: Arguments) -> None:
+    """Measure, print, save; ValueError on bad arguments, before any work."""
+    require_positive_integers(args, "arguments", ("batches", "rounds"))
+    require(args.rounds >= 3, "--rounds", args.rounds, "3 or more")
+    if args.stage == "tables":
+        write_tables(args.folder, ROOT / "docs" / "benchmarks.md")
+        return
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--folder {str(args.folder)!r} cannot be made: {error.strerror}") from None
+    about = environment()
+    rows, missing = channel.run(args.batches, args.rounds, args.peers)
+    result = {**about, "stage": args.stage, "rows": rows, "missing_peers": missing}
+    path = args.folder / f"{args.stage}-{slug(about['device'])}.json"
+    write_json(path, result)
+    show(result)
+    print(f"written: {path}")
+
+
+def slug(device: str) -> str:
+    """The device's name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def cells(row) -> list[str]:
+    """One line of a table: implementation, rate with quartiles, first call, bytes written, share of a copy."""
+    low, high = row.per_second_quartiles
+    return [
+        row.implementation,
+        f"{row.per_second / 1e3:,.1f} [{low / 1e3:,.1f}, {high / 1e3:,.1f}]",
+        f"{row.first_call_s:.2f}",
+        f"{row.bytes_written_per_second / 1e9:.2f}",
+        f"{100 * row.share_of_copy:.0f} %",
+    ]
+
+
+COLUMNS = ["implementation", "thousand realisations/s", "first call (s)", "GB/s written", "of copy"]
+
+
+def show(result: dict) -> None:
+    """Print one table per case and batch."""
+    console = Console()
+    frame = pd.DataFrame(result["rows"])
+    for (case, batch), group in frame.groupby(["case", "batch"], sort=False):
+        table = Table(*COLUMNS, title=f"{case}; batch {batch:,}", title_justify="left")
+        for row in group.itertuples():
+            table.add_row(*cells(row))
+        console.print(table)
+    for name in result["missing_peers"]:
+        console.print(f"{name}: not installed (make peers)")
+
+
+def write_tables(folder: Path, path: Path) -> None:
+    """Rewrite the page of tables from every JSON file in the folder."""
+    files = sorted(folder.glob("*.json"))
+    require(bool(files), "--folder", str(folder), "a folder with the JSON files of earlier runs")
+    parts = [HEADER]
+    for file in files:
+        result = read_json(file)
+        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        parts.append(f"## {result['stage']}: {result['device']}, {result['cpu_cores']} cores\n")
+        parts.append(f"Commit {result['commit']}, Python {result['python']}, {versions}.\n")
+        for (case, batch), group in pd.DataFrame(result["rows"]).groupby(["case", "batch"], sort=False):
+            lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
+            lines += ["| " + " | ".join(cells(row)) + " |" for row in group.itertuples()]
+            parts.append(f"**{case}; batch {batch:,}**\n\n" + "\n".join(lines) + "\n")
+    write_text(path, "\n".join(parts))
+    print(f"written: {path}")
+
+
+def main() -> None:
+    command("eval.benchmark", lambda: run(tyro.cli(Arguments, description=__doc__)))
+
+
+if __name__ == "__main__":
+    main()

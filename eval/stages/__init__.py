@@ -1,0 +1,1 @@
+"""One file per benchmark stage: its cases, contenders and table."""

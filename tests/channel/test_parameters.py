@@ -1,0 +1,60 @@
+"""Tests of channel models as pytrees that are checked when built, and only then."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from megjax.channel.parameters import channel_model, check, check_count, scalar, static
+
+
+@channel_model
+class Model:
+    """A model with a swept parameter of at least 0.5 and a static size."""
+
+    m: object = 1.0
+    size: int = static(2)
+
+    def __post_init__(self):
+        check("m", self.m, "0.5 or more", lambda m: m >= 0.5)
+        check_count("size", self.size)
+
+    def values(self):
+        return jnp.full(self.size, scalar("m", self.m))
+
+
+def test_leaves_and_structure():
+    leaves, structure = jax.tree.flatten(Model(3.0, 4))
+    assert leaves == [3.0] and structure == jax.tree.structure(Model(7.0, 4)) != jax.tree.structure(Model(3.0, 5))
+    assert jax.tree.unflatten(structure, leaves) == Model(3.0, 4)
+    ((path, _),) = jax.tree_util.tree_leaves_with_path(Model(3.0))
+    assert jax.tree_util.keystr(path) == ".m"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Model().m = 2.0
+
+
+def test_vmap_over_a_parameter():
+    models = Model(jnp.array([1.0, 2.0, 3.0]))
+    np.testing.assert_array_equal(jax.vmap(Model.values)(models), [[1, 1], [2, 2], [3, 3]])
+    with pytest.raises(ValueError, match="m has shape .*vmap over the model"):
+        models.values()
+
+
+def test_gradients_are_models_whatever_their_sign():
+    gradient = jax.jit(jax.grad(lambda model: -5 * jnp.sum(model.values())))(Model(1.0))
+    assert float(gradient.m) == -10.0
+
+
+def test_tracers_pass_and_values_are_checked():
+    assert float(jax.jit(lambda m: Model(m).values()[0])(0.1)) == pytest.approx(0.1)
+    for bad in (0.4, np.nan, np.inf, [1.0, 0.2], jnp.array(0.3), "one", None):
+        with pytest.raises(ValueError, match="^m is .*; it must be 0.5 or more$"):
+            Model(bad)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.0, True, "2", None])
+def test_counts(bad):
+    with pytest.raises(ValueError, match="size is .*; it must be an integer of 1 or more"):
+        Model(1.0, bad)

@@ -1,0 +1,114 @@
+"""Tests of the benchmark harness and its tables, at sizes that say nothing about speed."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from eval import benchmark
+from eval.measure import Contender, Timing, environment, measure
+from eval.stages import channel
+
+
+def test_contenders_take_turns():
+    calls = []
+
+    def contender(name, pause_s):
+        def call():
+            calls.append(name)
+            time.sleep(pause_s)
+
+        return Contender(name, call)
+
+    timings = measure([contender("a", 0.02), contender("b", 0.25)], rounds=3, title="turns")
+    assert calls[:4] == ["a", "a", "b", "b"]  # first call and warm-up of each
+    samples = "".join(calls[4:]).split("b")
+    assert len(samples) == 4 and samples[3] == ""
+    assert samples[0] == samples[1] == samples[2] and 2 <= len(samples[0]) <= 10  # 0.2 s of calls in a sample
+    assert len(timings["a"].samples_s) == 3 and timings["b"].median_s >= 0.25
+
+
+def test_timing():
+    timing = Timing(2.0, (0.3, 0.1, 0.2, 0.5, 0.4))
+    assert timing.median_s == 0.3
+    assert timing.quartiles_s == pytest.approx((0.2, 0.4))
+
+
+def test_environment_names_device_versions_and_commit():
+    about = environment()
+    assert about["platform"] == "cpu" and about["versions"]["jax"] and about["commit"]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmarks")
+    benchmark.run(benchmark.Arguments("channel", batches=(4, 6), rounds=3, folder=folder))
+    (path,) = folder.glob("channel-*.json")
+    return folder, json.loads(path.read_text())
+
+
+def test_channel_benchmark(result):
+    rows = result[1]["rows"]
+    names = {row["implementation"] for row in rows}
+    assert {"megjax", "copy", "NumPy, a thread a core"} <= names
+    assert {(row["case"].partition(",")[0], row["batch"]) for row in rows} >= {("Rayleigh", 4), ("Jakes", 6)}
+    for row in rows:
+        low, high = row["per_second_quartiles"]
+        assert 0 < low <= row["per_second"] <= high
+        assert row["share_of_copy"] == pytest.approx(1) or row["implementation"] != "copy"
+
+
+def test_tables_come_from_the_files(result, tmp_path):
+    folder, data = result
+    benchmark.write_tables(folder, tmp_path / "benchmarks.md")
+    text = (tmp_path / "benchmarks.md").read_text()
+    row = next(r for r in data["rows"] if r["implementation"] == "megjax" and r["batch"] == 6)
+    assert f"batch {row['batch']}" in text and f"{row['per_second'] / 1e3:,.1f} [" in text
+    with pytest.raises(ValueError, match="--folder"):
+        benchmark.write_tables(tmp_path, tmp_path / "benchmarks.md")
+
+
+def test_a_missing_peer_is_a_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(channel, "PEERS", ("numpy_channel", "sionna_channel", "no_such_peer"))
+    monkeypatch.setattr(channel, "cases", lambda batches, installed: [])
+    rows, missing = channel.run((4,), 3, with_peers=True)
+    assert rows == [] and "no_such_peer" in missing and "numpy_channel" not in missing
+    assert channel.run((4,), 3, with_peers=False)[1] == []
+
+
+@pytest.mark.parametrize("peer", ["numpy_channel", "sionna_channel"])
+def test_peers_draw_the_same_law(peer):
+    module = channel.peers()[peer]
+    if module is None:
+        pytest.skip(f"{peer} is not installed")
+    symbols = np.ones((4000, 2, 3), np.complex64)
+    received = np.asarray(module.block_fading(symbols, 0.5)())
+    samples = np.abs(received) ** 2  # mean 1 + 0.5; the three symbols of a block share its gain
+    assert abs(samples.mean() - 1.5) < 4 * samples.mean(-1).std() / np.sqrt(8000)
+    within = np.mean(received[:, 0, 0] * received[:, 0, 1].conj()).real
+    assert abs(within - 1) < 4 * 1.6 / np.sqrt(4000)
+    if peer == "numpy_channel":
+        taps = module.tdl(4000, 5, 0.1, np.array([0.75, 0.25]), 20)()
+        gains = module.jakes(4000, 5, 0.1, 20)()
+        for process, power in ((taps[:, :, 0], 0.75), (taps[:, :, 1], 0.25), (gains, 1.0)):
+            product = (process[:, 0] * process[:, 3].conj()).real / power
+            expected = 0.2906  # J0(2 pi 0.1 3)
+            assert abs(product.mean() - expected) < 4 * product.std() / np.sqrt(4000)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(batches=()), "batches"),
+        (dict(batches=(0,)), "batches"),
+        (dict(rounds=2), "--rounds is 2; it must be 3 or more"),
+        (dict(folder=None), "cannot be made"),
+    ],
+)
+def test_bad_arguments(options, message, tmp_path):
+    (tmp_path / "file").touch()
+    options = {"folder": tmp_path} | options
+    options["folder"] = options["folder"] or tmp_path / "file" / "folder"
+    with pytest.raises(ValueError, match=message):
+        benchmark.run(benchmark.Arguments("channel", **options))
