@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 
-.PHONY: install demo quality test test-slow lint format clean
+.PHONY: install peers demo channel benchmark quality test test-slow lint format clean
 
 # Everything: the library, what tests and linting need, and the tools of the README.
 install: .venv/test.stamp
@@ -22,9 +22,25 @@ install: .venv/test.stamp
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
+# Other software that the benchmarks measure side by side, where it can be installed.
+peers: .venv/peers.stamp
+
+.venv/peers.stamp: .venv/run.stamp
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[peers]'
+	@touch $@
+
 # Prompts of your own: .venv/bin/python -m eval.generate "a red house under a night sky"
 demo: .venv/run.stamp
 	$(BIN)/python -m eval.generate
+
+# Fading traces, and bit error rates of every modulation on their closed forms.
+channel: .venv/run.stamp
+	$(BIN)/python -m eval.rollouts
+
+# Speed of the channel simulator on this machine; `make peers` first to see other software beside it.
+benchmark: .venv/run.stamp
+	$(BIN)/python -m eval.benchmark channel
+	$(BIN)/python -m eval.benchmark tables
 
 quality: .venv/run.stamp
 	$(BIN)/python -m eval.quality

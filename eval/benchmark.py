@@ -85,12 +85,14 @@ def show(result: dict) -> None:
     console = Console()
     frame = pd.DataFrame(result["rows"])
     for (case, batch), group in frame.groupby(["case", "batch"], sort=False):
-        table = Table(*COLUMNS, title=f"{case}; batch {batch:,}", title_justify="left")
+        table = Table(title=f"{case}; batch {batch:,}", title_justify="left")
+        for column in COLUMNS:
+            table.add_column(column, no_wrap=column == COLUMNS[0])
         for row in group.itertuples():
             table.add_row(*cells(row))
         console.print(table)
     for name in result["missing_peers"]:
-        console.print(f"{name}: not installed (make peers)")
+        console.print(f"{name}: not installed; `make peers` installs it")
 
 
 def write_tables(folder: Path, path: Path) -> None:
@@ -107,6 +109,7 @@ def write_tables(folder: Path, path: Path) -> None:
             lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
             lines += ["| " + " | ".join(cells(row)) + " |" for row in group.itertuples()]
             parts.append(f"**{case}; batch {batch:,}**\n\n" + "\n".join(lines) + "\n")
+        parts += [f"{name}: not installed where this was measured.\n" for name in result["missing_peers"]]
     write_text(path, "\n".join(parts))
     print(f"written: {path}")
 

@@ -22,6 +22,7 @@ THEORY = {"AWGN": theory.ber_awgn, "Rayleigh": theory.ber_rayleigh}
 BLOCKS = 64
 """Blocks a realisation, one symbol each: its symbols fade independently."""
 TRACE_BLOCKS = 200
+APART_DB = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +95,11 @@ def draw(path: Path, levels: dict[str, np.ndarray], rows: list[dict]) -> None:
 
     figure, (left, *others) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for i, (name, level) in enumerate(levels.items()):
-        left.plot(level - 25 * i, linewidth=1.1, color=f"C{i}")
-        left.axhline(-25 * i, color=f"C{i}", linewidth=0.5, alpha=0.5)
-        left.text(2, 7.5 - 25 * i, name, color=f"C{i}", fontsize=9)
-    left.set(xlabel="block", ylabel=r"$|h|^2$ (dB), each trace 25 dB lower", title="Fading", ylim=(-105, 15))
+        left.plot(level - APART_DB * i, linewidth=1.1, color=f"C{i}")
+        left.axhline(-APART_DB * i, color=f"C{i}", linewidth=0.5, alpha=0.5)
+        left.text(1, 9 - APART_DB * i, name, color=f"C{i}", fontsize=9)
+    label = rf"$|h|^2$ (dB), each trace {APART_DB} dB lower"
+    left.set(xlabel="block", ylabel=label, title="Fading", ylim=(-30 - APART_DB * (len(levels) - 1), 18))
     fine_db = np.linspace(SNRS_DB[0], SNRS_DB[-1], 226, dtype=np.float32)
     for axis, name in zip(others, FADINGS, strict=True):
         for i, modulation in enumerate(channel.MODULATIONS):

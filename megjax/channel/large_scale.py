@@ -68,9 +68,9 @@ def path_loss_db(
 
     The loss out of sight is the larger of its own formula and the loss in sight. Both slopes in sight meet at the
     breakpoint 4 (h_bs - h_E)(h_ut - h_E) f / c, where h_E = `environment_height_m` is 1 m in UMi and for UMa users
-    below 13 m; for higher UMa users the report makes it random, which `Cell.drop` follows. The report has h_bs_m at 25 m
-    (UMa) and 10 m (UMi). Raises ValueError for an unknown scenario, a horizontal distance outside 10-5000 m, a carrier
-    outside 0.5-100 GHz, h_ut_m outside 1.5-22.5 m, a UMa h_bs_m of 22.5 m or less (UMi: 1 m), or an
+    below 13 m; for higher UMa users the report makes it random, which `Cell.drop` follows. The report has h_bs_m at
+    25 m (UMa) and 10 m (UMi). Raises ValueError for an unknown scenario, a horizontal distance outside 10-5000 m, a
+    carrier outside 0.5-100 GHz, h_ut_m outside 1.5-22.5 m, a UMa h_bs_m of 22.5 m or less (UMi: 1 m), or an
     environment_height_m that is negative or not below h_ut_m and h_bs_m.
     """
     constants = _check_scenario(scenario)
@@ -157,10 +157,11 @@ class Cell:
     """One cell with a base station in its centre and outdoor users around it, uniform over the area.
 
     Average SNRs follow from the link budget tx_power_dbm + antenna_gain_db - path loss - shadowing - noise power at
-    290 K. Defaults of None are the scenario's own: base station 25 m high in UMa and 10 m in UMi, no user within 35 m or
-    10 m of it. All users have the height `h_ut_m`, at 13 m and above each with a random environment height as in note 1 of
-    table 7.4.1-1, and independent sight and shadowing. Raises ValueError for an unknown scenario, not 10 m <=
-    min_distance_m < radius_m <= 5000 m, a non-finite power or gain, and what `path_loss_db` and `noise_power_dbm` refuse.
+    290 K. Defaults of None are the scenario's own: base station 25 m high in UMa and 10 m in UMi, no user within 35 m
+    or 10 m of it. All users have the height `h_ut_m`, in UMa above 13 m each with a random environment height as in
+    note 1 of table 7.4.1-1; sight and shadowing are independent between users. Raises ValueError for an unknown
+    scenario, a non-finite power or gain, whatever `path_loss_db` and `noise_power_dbm` refuse, and unless 10 m <=
+    min_distance_m < radius_m <= 5000 m.
     """
 
     scenario: str = static("uma")
@@ -229,7 +230,7 @@ def _path_loss_db(
 
 
 def _height_factor(distance: Array, h_ut: Array) -> Float[Array, "*s"]:
-    """C'(h_ut) (5/4) (d / 100)^3 exp(-d / 150), zero up to 18 m and for users up to 13 m: tables 7.4.1-1 and 7.4.2-1."""
+    """C'(h_ut) (5/4) (d / 100)^3 exp(-d / 150), 0 up to 18 m and for users up to 13 m: tables 7.4.1-1 and 7.4.2-1."""
     high = jnp.power(jnp.maximum(h_ut - 13, 0.0) / 10, 1.5)
     far = 1.25 * jnp.power(distance / 100, 3) * jnp.exp(-distance / 150)
     return high * jnp.where(distance > 18, far, 0.0)
@@ -249,7 +250,7 @@ def _environment_height_m(key: Key[Array, ""], distance: Float[Array, " u"], h_u
 
 
 def _check_scenario(scenario: str) -> Scenario:
-    if scenario not in SCENARIOS:
+    if not isinstance(scenario, str) or scenario not in SCENARIOS:
         raise ValueError(f"scenario is {scenario!r}; it must be one of {', '.join(SCENARIOS)}")
     return SCENARIOS[scenario]
 

@@ -1,7 +1,7 @@
 """Multiple antennas in independent Rayleigh fading: beams that reduce a matrix to a scalar gain, and capacity.
 
-A channel matrix H is [r n], r receive by n transmit antennas, with elements CN(0, 1): y = H x + n. A transmit beam v and
-a receive beam w of unit norm turn it into the scalar channel w^H y = (w^H H v) s + w^H n, in which neither the
+A channel matrix H is [r n], r receive by n transmit antennas, with elements CN(0, 1): y = H x + n. A transmit beam v
+and a receive beam w of unit norm turn it into the scalar channel w^H y = (w^H H v) s + w^H n, in which neither the
 transmit power nor the noise variance has changed. Equations: D. Tse and P. Viswanath, "Fundamentals of Wireless
 Communication", 2005, sections 3.3 (diversity combining), 7.1 (SVD), 8.2 (capacity).
 """
@@ -26,8 +26,8 @@ _TINY = np.float32(1e-30)
 class MIMOFading:
     """Independent Rayleigh fading between `num_tx` and `num_rx` antennas, reduced by beams to a scalar gain per block.
 
-    "mrc" combines the antennas of a receiver with one transmit antenna (`num_tx` 1), "mrt" transmits along the channel to
-    one receive antenna (`num_rx` 1), "svd" uses the strongest singular vectors. Gains are real and non-negative: the
+    "mrc" combines the receive antennas for one transmit antenna (`num_tx` 1), "mrt" transmits along the channel to one
+    receive antenna (`num_rx` 1), "svd" uses the strongest singular vectors. Gains are real and non-negative: the
     beams take the phase away. Unlike the library's other fading laws E|h|^2 is not 1 but the array gain that the
     antennas really give at an unchanged transmit power, `mean_array_gain`: `num_rx` for MRC, `num_tx` for MRT, the mean
     largest eigenvalue of H H^H for SVD. `normalize` divides by it, so that E|h|^2 = 1 and only the diversity is left.
@@ -65,7 +65,8 @@ class MIMOFading:
     def sample_matrices(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, "t r n"]:
         """Channel matrices [t r n] with independent CN(0, 1) elements."""
         check_count("num_blocks", num_blocks)
-        return complex_normal(key, (num_blocks, self.num_rx, self.num_tx))
+        # Drawn with the blocks last, so that sums over antennas run along the vector units of a CPU, not across them.
+        return jnp.moveaxis(complex_normal(key, (self.num_rx, self.num_tx, num_blocks)), -1, 0)
 
 
 def mrc_gain(channel: Complex[Array, " r"]) -> Float[Array, ""]:
@@ -101,8 +102,10 @@ def svd_beams(
 ) -> tuple[Complex[Array, " n"], Complex[Array, " r"], Float[Array, ""]]:
     """Transmit beam v [n], receive beam w [r] and gain with w^H H v = gain, the largest singular value.
 
-    Both beams have unit norm; the first element of the beam on the side with fewer antennas (the receiver's if equal) is
-    real and not negative, which makes them unique. A matrix of zeros gives gain 0 and the other beam 0.
+    Both beams have unit norm; the first element of the beam on the side with fewer antennas (the receiver's if equal)
+    is real and not negative, which makes them unique. Closed form when either side has one or two antennas.
+    Differentiable where the largest singular value is simple and that first element is not 0. A matrix of zeros gives
+    gain 0 and the other beam 0.
     """
     wide = _wide(channel)
     short, eigenvalue = _dominant_eigenvector(wide)
@@ -167,8 +170,9 @@ def mean_largest_eigenvalue(num_tx: int, num_rx: int) -> float:
     """Mean of the largest eigenvalue of H H^H for independent CN(0, 1) elements, computed once on the host in float64.
 
     The distribution function is Khatri's determinant, P(x) = det of the integrals of phi_i phi_j over [0, x]; M. Kang
-    and M.-S. Alouini, IEEE J. Sel. Areas Commun. 21(3), 2003. It is taken here in orthonormal Laguerre functions phi_i, where
-    the determinant is well conditioned, and 1 - P is integrated numerically. Raises ValueError for counts below 1.
+    and M.-S. Alouini, IEEE J. Sel. Areas Commun. 21(3), 2003. It is taken here in orthonormal Laguerre functions phi_i,
+    where the determinant is well conditioned, and 1 - P is integrated numerically. Raises ValueError for counts below
+    1.
     """
     check_count("num_tx", num_tx)
     check_count("num_rx", num_rx)
@@ -183,7 +187,7 @@ def mean_largest_eigenvalue(num_tx: int, num_rx: int) -> float:
     points = width * (np.arange(panels)[:, None] + (nodes + 1) / 2)
     functions = _laguerre_functions(points, smaller, larger - smaller)
     integrals = np.cumsum((functions * (weights * width / 2)[:, None]).swapaxes(1, 2) @ functions, axis=0)
-    # The trapezoidal rule is accurate to high order here: odd derivatives vanish at both ends, up to order m n - 1 at 0.
+    # The trapezoidal rule is of high order here: odd derivatives vanish at both ends, those below order m n at 0.
     tail = 1 - np.linalg.det(integrals)
     return float(width * (0.5 + tail.sum()))
 
@@ -230,7 +234,7 @@ def _eigenvalues(wide: Complex[Array, "a b"]) -> Float[Array, " a"]:
 
 
 def _dominant_eigenvector(wide: Complex[Array, "a b"]) -> tuple[Complex[Array, " a"], Float[Array, ""]]:
-    """Unit eigenvector of the largest eigenvalue of the Gram matrix, its first element real and >= 0, and that value."""
+    """Unit eigenvector of the largest eigenvalue of the Gram matrix, first element real and >= 0, and that value."""
     count = wide.shape[0]
     if count == 1:
         return jnp.ones(1, jnp.complex64), _largest_eigenvalue(wide)

@@ -20,9 +20,9 @@ from megjax.channel.tdl import TappedDelayLine
 class OFDM:
     """OFDM of N = `num_subcarriers` on the taps of `tdl`, sampled at N times `subcarrier_spacing_hz`.
 
-    Each OFDM symbol is N samples after a prefix of `cyclic_prefix` samples that repeats its end. The time-domain channel
-    has one lag more than the prefix has samples, from `-advance` (a band-limited pulse begins before its delay) to
-    `cyclic_prefix - advance`; the receiver opens its window `advance` samples early, inside the prefix. By default
+    Each OFDM symbol is N samples after a prefix of `cyclic_prefix` < N samples that repeats its end. The time-domain
+    channel has one lag more than the prefix has samples, from `-advance` (a band-limited pulse begins before its delay)
+    to `cyclic_prefix - advance`; the receiver opens its window `advance` samples early, inside the prefix. By default
     `advance` is an eighth of the prefix.
 
     `sample` makes it a fading law: block t is resource block t mod B of slot t div B, where a slot is one snapshot of
@@ -30,12 +30,13 @@ class OFDM:
     Subcarriers beyond the last whole resource block carry none.
 
     Raises ValueError for sizes below 1 (prefix and advance: 0), a resource block larger than the band, an advance
-    beyond the prefix, a spacing that is not positive, or a longest delay that does not fit into the prefix.
+    beyond the prefix, a prefix as long as the symbol, a spacing that is not positive, or a longest delay that does not
+    fit into the prefix.
     """
 
     tdl: TappedDelayLine
     num_subcarriers: int = static()
-    subcarrier_spacing_hz: Float[ArrayLike, "..."]
+    subcarrier_spacing_hz: ArrayLike
     cyclic_prefix: int = static()
     resource_block_size: int = static(12)
     advance: int | None = static(None)
@@ -49,9 +50,9 @@ class OFDM:
                 f"resource_block_size is {self.resource_block_size}; it must be at most num_subcarriers="
                 f"{self.num_subcarriers}"
             )
-        if self.cyclic_prefix > self.num_subcarriers:
+        if self.cyclic_prefix >= self.num_subcarriers:
             raise ValueError(
-                f"cyclic_prefix is {self.cyclic_prefix}; it must be at most num_subcarriers={self.num_subcarriers}"
+                f"cyclic_prefix is {self.cyclic_prefix}; it must be below num_subcarriers={self.num_subcarriers}"
             )
         if self.advance is not None:
             check_count("advance", self.advance, 0)
@@ -93,7 +94,7 @@ class OFDM:
 
     @property
     def sample_rate_hz(self) -> Float[Array, ""]:
-        """Samples per second: the interval between snapshots of a `tdl` that changes from sample to sample is 1 / this."""
+        """Samples per second; its inverse is the interval of a `tdl` that changes from sample to sample."""
         return self.num_subcarriers * scalar("subcarrier_spacing_hz", self.subcarrier_spacing_hz)
 
     @property
@@ -113,14 +114,21 @@ class OFDM:
         return response.reshape(-1)[:num_blocks]
 
     def frequency_response(self, taps: Complex[Array, "t l"]) -> Complex[Array, "t n"]:
-        """Gains [t n] of the N subcarriers for snapshots `taps` [t l] at the delays of `tdl`, in ascending frequency."""
+        """Gains [t n] of the subcarriers, in ascending frequency, for snapshots `taps` [t l] at the delays of `tdl`."""
         first = -(self.num_subcarriers // 2)
         return _matmul(taps, self._steering(1.0, range(first, first + self.num_subcarriers)))
+
+    @property
+    def _delays_s(self) -> Float[Array, " l"]:
+        delays = self.tdl.delays_s
+        if delays.ndim != 1:
+            raise ValueError(f"the delays have shape {delays.shape}; one realisation takes [l]: vmap over the model")
+        return delays
 
     def _steering(self, spacings: float, steps: range) -> Complex[Array, "l n"]:
         """exp(-2 pi j f tau_l) [l n] at the frequencies f = `spacings` `steps` subcarrier spacings."""
         spacing_hz = scalar("subcarrier_spacing_hz", self.subcarrier_spacing_hz)
-        cosine, sine = rotation(spacings * spacing_hz * self.tdl.delays_s, steps)
+        cosine, sine = rotation(spacings * spacing_hz * self._delays_s, steps)
         return jax.lax.complex(cosine, -sine)
 
     def impulse_response(self, taps: Complex[Array, "t l"]) -> Complex[Array, "t k"]:
@@ -131,7 +139,7 @@ class OFDM:
         delay, leave out less than (1 / d_1 + 1 / d_2) / pi^2, which falls with `advance` and `cyclic_prefix`.
         """
         lags = np.arange(-self.num_precursors, self.cyclic_prefix - self.num_precursors + 1, dtype=np.float32)
-        delays = self.tdl.delays_s * self.sample_rate_hz
+        delays = self._delays_s * self.sample_rate_hz
         pulses = jnp.sinc(lags[None] - delays[:, None])
         return jax.lax.complex(_matmul(taps.real, pulses), _matmul(taps.imag, pulses))
 
@@ -139,9 +147,7 @@ class OFDM:
         """Gains [t n] of the subcarriers under an `impulse_response` [t k]: what `demodulate` sees, without noise."""
         self._check_lags(impulse_response)
         padding = self.num_subcarriers - impulse_response.shape[1]
-        if padding < 0:  # the prefix is as long as the symbol: the last lag falls on the first
-            impulse_response = impulse_response[:, :-1].at[:, 0].add(impulse_response[:, -1])
-        causal = jnp.roll(jnp.pad(impulse_response, ((0, 0), (0, max(padding, 0)))), -self.num_precursors, axis=1)
+        causal = jnp.roll(jnp.pad(impulse_response, ((0, 0), (0, padding))), -self.num_precursors, axis=1)
         return jnp.fft.fftshift(jnp.fft.fft(causal), axes=1)
 
     def modulate(self, symbols: Complex[Array, "t n"]) -> Complex[Array, " s"]:
@@ -168,8 +174,9 @@ class OFDM:
     def convolve(self, samples: Complex[Array, " s"], impulse_response: Complex[Array, "u k"]) -> Complex[Array, " s"]:
         """Received samples y_i = sum_lag g_lag(i) x_(i - lag), [s], with silence before and after the s samples.
 
-        Each of the u rows of `impulse_response`, u a divisor of s, holds for s / u samples: one row is a static channel,
-        one a symbol is constant over each OFDM symbol, one a sample changes within them, which mixes the subcarriers.
+        Each of the u rows of `impulse_response`, u a divisor of s, holds for s / u samples: one row is a static
+        channel, one a symbol is constant over each OFDM symbol, one a sample changes within them, which mixes the
+        subcarriers. Raises ValueError for other numbers of rows or lags.
         """
         self._check_lags(impulse_response)
         size, rows = samples.size, impulse_response.shape[0]

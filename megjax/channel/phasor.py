@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
-from megjax.channel.random import _unit_circle
+from megjax.channel.random import unit_circle
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -23,7 +23,8 @@ def rotation(turns_per_step: Float[Array, "*s"], steps: range) -> tuple[Float[Ar
     the steps then multiply them without error. Differentiable in `turns_per_step` to any order, forward and reverse.
     """
     numbers = np.asarray(steps, np.int64).astype(np.uint32)
-    return _unit_circle(_fraction_of_turn(turns_per_step)[..., None] * _as_row(numbers, turns_per_step))
+    phase = _fraction_of_turn(turns_per_step)[..., None] * _as_row(numbers, turns_per_step)
+    return unit_circle(phase)
 
 
 @rotation.defjvp

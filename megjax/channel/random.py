@@ -31,13 +31,13 @@ def complex_normal(key: Key[Array, ""], shape: tuple[int, ...]) -> Complex[Array
     """
     first, second = _random_words(key, shape)
     magnitude = jnp.sqrt(_unit_exponential(first))
-    cosine, sine = _unit_circle(second)
+    cosine, sine = unit_circle(second)
     return jax.lax.complex(magnitude * cosine, magnitude * sine)
 
 
 def unit_phasor(key: Key[Array, ""], shape: tuple[int, ...]) -> Complex[Array, "*s"]:
     """exp(j phi) with independent phases uniform on the circle, complex64 of this shape."""
-    return jax.lax.complex(*_unit_circle(_random_words(key, shape)[0]))
+    return jax.lax.complex(*unit_circle(_random_words(key, shape)[0]))
 
 
 def fold_in_each(key: Key[Array, ""], data: UInt32[Array, "*s"]) -> Key[Array, "*s"]:
@@ -95,14 +95,15 @@ def _unit_exponential(word: UInt32[Array, "*s"]) -> Float[Array, "*s"]:
     return exponent.astype(jnp.float32) * np.float32(-math.log(2)) - log1p
 
 
-def _unit_circle(word: UInt32[Array, "*s"]) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:
-    """Cosine and sine of a uniform angle: the two high bits choose the quadrant, the rest an angle of +-pi/4 in it."""
+def unit_circle(word: UInt32[Array, "*s"]) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:
+    """Cosine and sine of `word` 2^-32 turns, within 2e-7."""
+    # The nearest quarter turn, and what is left of it: the low 30 bits as a signed number.
+    quadrant = (word + np.uint32(2**29)) >> np.uint32(30)
     signed = jax.lax.bitcast_convert_type(word << np.uint32(2), jnp.int32)
     angle = signed.astype(jnp.float32) * np.float32(math.pi / 4 * 2.0**-31)
     square = angle * angle
     sine = angle + angle * square * _polynomial(square, _SIN)
     cosine = 1 - square * (np.float32(0.5) - square * _polynomial(square, _COS))
-    quadrant = word >> np.uint32(30)
     swap = (quadrant & np.uint32(1)) == 1
     # Quarter turns: (c, s), (-s, c), (-c, -s), (s, -c); the sign is the highest bit of a float.
     sign_x = ((quadrant + np.uint32(1)) & np.uint32(2)) << np.uint32(30)

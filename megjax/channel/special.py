@@ -15,13 +15,13 @@ from jaxtyping import Array, ArrayLike, Float
 from megjax.channel.parameters import check
 
 _EULER_GAMMA = np.float32(0.5772156649015329)
-_EXP1_SERIES = tuple(np.float32((-1) ** (k + 1) / (k * math.factorial(k))) for k in range(12, 0, -1))
+_EXP1_SERIES = tuple((-1.0) ** (k + 1) / (k * math.factorial(k)) for k in range(12, 0, -1))
 """Coefficients of E1(x) + ln x + gamma, highest power first, without the common factor x."""
 _EXP1_DEPTH = 24
 """Levels of the continued fraction, enough for float32 at x = 1, where it converges slowest."""
 _BESSEL_SPLIT = 12.0
 _BESSEL_NODES = 32
-_HANKEL = tuple(math.prod((2 * i - 1) ** 2 / (8 * i) for i in range(1, k + 1)) for k in range(9))
+_HANKEL = tuple(math.prod(((2 * i - 1) ** 2 / (8 * i) for i in range(1, k + 1)), start=1.0) for k in range(9))
 """Coefficients of 1 / x^k in the expansion of J0 for large x, up to their signs."""
 _RICE_REACH = 7.0
 """Standard deviations from its mean at which the Rice density is negligible in float32."""
@@ -128,7 +128,7 @@ def _polynomial(x: Float[Array, "*s"], coefficients: tuple[float, ...]) -> Float
 def _rice_arguments(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
     for name, value in (("a", a), ("b", b)):
         check(name, value, "finite and 0 or more", lambda numbers: numbers >= 0)
-    return jnp.broadcast_arrays(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
+    return tuple(jnp.broadcast_arrays(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)))
 
 
 def _rice_mass(a: Float[Array, "*s"], lower: Float[Array, "*s"], upper: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -22,12 +22,12 @@ class TappedDelayLine(Protocol):
     """Anything that draws successive snapshots of a few taps at fixed delays, sum_l E|tap_l|^2 = 1."""
 
     @property
-    def delays_s(self) -> Float[Array, " l"]:
-        """Delays of the taps in seconds [l]."""
+    def delays_s(self) -> Float[Array, "*s l"]:
+        """Delays of the taps in seconds [l], after the axes of the leaves that set them."""
 
     @property
-    def max_delay_s(self) -> Float[ArrayLike, "*s"]:
-        """The longest delay in seconds, with the shape of the leaves that set it."""
+    def max_delay_s(self) -> ArrayLike:
+        """The longest delay in seconds, of the shape of the leaves that set it."""
 
     def sample(self, key: Key[Array, ""], n: int) -> Complex[Array, "t l"]:
         """Taps complex64 [n l] of n successive snapshots, one realisation; the caller vmaps over keys."""
@@ -55,9 +55,9 @@ class TDL:
     """
 
     profile: str = static()
-    delay_spread_s: Float[ArrayLike, "..."]
-    doppler_hz: Float[ArrayLike, "..."] = 0.0
-    interval_s: Float[ArrayLike, "..."] = 1e-3
+    delay_spread_s: ArrayLike
+    doppler_hz: ArrayLike = 0.0
+    interval_s: ArrayLike = 1e-3
     num_paths: int = static(16)
 
     def __post_init__(self):
@@ -71,12 +71,13 @@ class TDL:
             raise ValueError(f"num_paths is {self.num_paths}; it must be even")
 
     @property
-    def delays_s(self) -> Float[Array, " l"]:
-        """Delays of the taps in seconds [l], in the order of the table."""
-        return scalar("delay_spread_s", self.delay_spread_s) * self._table.delays.astype(np.float32)
+    def delays_s(self) -> Float[Array, "*s l"]:
+        """Delays of the taps in seconds [l], in the order of the table, after the axes of `delay_spread_s`."""
+        spread = jnp.asarray(self.delay_spread_s, jnp.float32)[..., None]
+        return spread * self._table.delays.astype(np.float32).reshape((1,) * (spread.ndim - 1) + (-1,))
 
     @property
-    def max_delay_s(self) -> Float[ArrayLike, "*s"]:
+    def max_delay_s(self) -> ArrayLike:
         """The longest delay in seconds, of the shape of `delay_spread_s`."""
         return self.delay_spread_s * float(self._table.delays.max())
 
@@ -86,7 +87,7 @@ class TDL:
         return jnp.asarray(self._table.powers, jnp.float32)
 
     @property
-    def rms_delay_spread_s(self) -> Float[ArrayLike, "*s"]:
+    def rms_delay_spread_s(self) -> ArrayLike:
         """RMS delay spread of the taps in seconds: `delay_spread_s` but for the rounding of the tables (0.6 % in D)."""
         return self.delay_spread_s * self._table.rms_delay_spread
 

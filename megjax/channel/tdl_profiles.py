@@ -46,7 +46,7 @@ class TDLProfile:
         return float(np.sqrt(self.powers @ np.square(self.delays - mean)))
 
     @property
-    def _linear(self) -> Float[np.ndarray, " l+1"]:
+    def _linear(self) -> Float[np.ndarray, " n"]:
         line_of_sight_db = -np.inf if self.line_of_sight_db is None else self.line_of_sight_db
         return np.power(10.0, np.array([line_of_sight_db, *(power_db for _, power_db in self.taps)]) / 10)
 

@@ -72,9 +72,8 @@ def gains():
 @pytest.mark.parametrize("fading", LAWS)
 def test_shapes_and_protocol(fading):
     assert isinstance(fading, Fading)
-    for num_blocks in (1, 5):
-        sample = draw(fading, 0, num_blocks)
-        assert sample.shape == (num_blocks,) and sample.dtype == jnp.complex64
+    sample = draw(fading, 0, 5)
+    assert sample.shape == (5,) and sample.dtype == jnp.complex64
     with pytest.raises(ValueError, match="num_blocks is 0"):
         fading.sample(jax.random.key(0), 0)
 
@@ -122,9 +121,9 @@ def test_rician_distribution(k_factor):
 
 def test_rician_phase_of_a_realisation():
     # Scattering 1e-12 below the line of sight: sqrt(K / (K + 1)) = 1 and the phase is that of the line of sight alone.
-    fixed = RicianFading(1e12, np.pi / 2).sample(jax.random.key(0), 3)
-    np.testing.assert_allclose(fixed, np.full(3, 1j), atol=1e-5)
-    random = realisations(RicianFading(1e12, random_phase=True), 22, num_blocks=3)
+    fixed = draw(RicianFading(1e12, np.pi / 2), 0, 5)
+    np.testing.assert_allclose(fixed, np.full(5, 1j), atol=1e-5)
+    random = realisations(RicianFading(1e12, random_phase=True), 22)
     np.testing.assert_allclose(random, np.broadcast_to(random[:, :1], random.shape), atol=1e-5)
     phase = scipy.stats.kstest(np.angle(random[:, 0]), scipy.stats.uniform(-np.pi, 2 * np.pi).cdf)
     assert phase.pvalue > SMALLEST_P_VALUE
@@ -178,7 +177,7 @@ def test_shadowing_is_constant_over_an_image():
     power = np.abs(realisations(ShadowedFading(NoFading(), 6.0), 27)) ** 2
     np.testing.assert_array_equal(power, np.broadcast_to(power[:, :1], power.shape))
     assert np.unique(power[:, 0]).size > NUM / 2
-    np.testing.assert_array_equal(ShadowedFading(NoFading(), 0.0).sample(jax.random.key(0), 2), np.ones(2))
+    np.testing.assert_array_equal(realisations(ShadowedFading(NoFading(), 0.0), 0), np.ones((NUM, 4)))
 
 
 @jax.tree_util.register_dataclass
@@ -224,8 +223,8 @@ def test_vmap_over_the_law_agrees_with_the_loop(law):
 
 
 def test_jit_agrees_with_plain_calls():
-    for fading in (RayleighFading(), ShadowedFading(RicianFading(2.0, random_phase=True), 6.0)):
-        np.testing.assert_allclose(draw(fading, 2, 4), fading.sample(jax.random.key(2), 4), rtol=1e-5)
+    fading = RicianFading(3.0, 0.5)
+    np.testing.assert_allclose(draw(fading, 2, 5), fading.sample(jax.random.key(2), 5), rtol=1e-5)
 
 
 @jax.jit

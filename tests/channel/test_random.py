@@ -8,10 +8,10 @@ from scipy import stats
 
 from megjax.channel.random import (
     _random_words,
-    _unit_circle,
     _unit_exponential,
     complex_normal,
     fold_in_each,
+    unit_circle,
     unit_phasor,
 )
 
@@ -24,7 +24,7 @@ SMALLEST_P = 1e-4
 def words():
     """Both ends of the range, the neighbourhood of sqrt(1/2), quadrant borders, and random words."""
     near = np.arange(-2000, 2000, dtype=np.int64)
-    special = np.concatenate([near + offset for offset in (0, 0xB504F333, 2**29, 2**30, 2**31, 3 * 2**30)])
+    special = np.concatenate([near + offset for offset in (0, 0xB504F333, *(i * 2**29 for i in range(8)))])
     drawn = np.random.default_rng(0).integers(0, 2**32, 500_000)
     return (np.concatenate([special, drawn]) % 2**32).astype(np.uint32)
 
@@ -62,9 +62,8 @@ def test_exponential_is_exact_at_both_ends(words):
 
 
 def test_circle(words):
-    cosine, sine = (np.asarray(part, np.float64) for part in jax.jit(_unit_circle)(words))
-    # The two high bits are a quadrant, the others a signed angle within it.
-    angle = (words << 2).view(np.int32) * (np.pi / 4 * 2.0**-31) + (words >> 30) * (np.pi / 2)
+    cosine, sine = (np.asarray(part, np.float64) for part in jax.jit(unit_circle)(words))
+    angle = words.astype(np.float64) * (2 * np.pi / 2**32)
     np.testing.assert_allclose(cosine, np.cos(angle), atol=2 * np.finfo(np.float32).eps)
     np.testing.assert_allclose(sine, np.sin(angle), atol=2 * np.finfo(np.float32).eps)
 

@@ -20,6 +20,10 @@ SNR = np.logspace(-3, 6, 46).astype(np.float32)
 SNR64 = SNR.astype(np.float64)
 TINY = 1e-30
 """References below it are not compared: float32 has no relative accuracy there."""
+BER_AWGN = jax.jit(theory.ber_awgn, static_argnums=1)
+BER_RAYLEIGH = jax.jit(theory.ber_rayleigh, static_argnums=(1, 2))
+BER_NAKAGAMI = jax.jit(theory.ber_nakagami, static_argnums=1)
+BER_RICIAN = jax.jit(theory.ber_rician, static_argnums=1)
 
 
 def assert_close(value, reference, rtol):
@@ -60,11 +64,10 @@ def ber_awgn_reference(modulation):
 
 
 def average_over_gain(function, density):
-    """Float64 E[function(g)] by Gauss-Legendre quadrature in ln g; `density` is that of g."""
-    nodes, weights = np.polynomial.legendre.leggauss(3000)
-    log_gain = -21.5 + 26.5 * nodes  # from 1e-21 to 150
+    """Float64 E[function(g)] by the trapezoidal rule in ln g; `density` is that of g."""
+    log_gain, step = np.linspace(-48, 5.2, 2000, retstep=True)
     gain = np.exp(log_gain)
-    return np.sum(26.5 * weights * density(gain) * gain * function(gain), axis=-1)
+    return step * np.sum(density(gain) * gain * function(gain), axis=-1)
 
 
 def rician_density(k_factor):
@@ -100,18 +103,19 @@ def test_gaussian_tail():
 def test_scaled_exponential_integral():
     x = np.concatenate([np.logspace(-8, 8, 321), np.linspace(0.9, 1.1, 41)]).astype(np.float32)
     reference = scaled_exp1_reference(x.astype(np.float64))
-    assert_close(theory.scaled_exp1(x), reference, 1e-6)
+    assert_close(jax.jit(theory.scaled_exp1)(x), reference, 1e-6)
     # (exp(x) E1(x))' = exp(x) E1(x) - 1 / x; written out for large x, where that cancels even in float64.
     inverse = 1 / x.astype(np.float64)
     slope = np.where(x < 500, inverse - reference, inverse**2 * (1 - 2 * inverse + 6 * inverse**2 - 24 * inverse**3))
-    assert_close(-jax.vmap(jax.grad(theory.scaled_exp1))(x), slope, 3e-6)
+    assert_close(-jax.jit(jax.vmap(jax.grad(theory.scaled_exp1)))(x), slope, 3e-6)
 
 
 def test_bessel_j0_and_its_derivatives():
     x = np.concatenate([np.linspace(-500, 500, 40_001), [11.999, 12.0, 12.001, 1e4, 1e6]]).astype(np.float32)
     x64 = x.astype(np.float64)
-    first, second = jax.vmap(jax.grad(theory.bessel_j0)), jax.vmap(jax.grad(jax.grad(theory.bessel_j0)))
-    np.testing.assert_allclose(theory.bessel_j0(x), special.j0(x64), rtol=0, atol=5e-7)
+    first = jax.jit(jax.vmap(jax.grad(theory.bessel_j0)))
+    second = jax.jit(jax.vmap(jax.grad(jax.grad(theory.bessel_j0))))
+    np.testing.assert_allclose(jax.jit(theory.bessel_j0)(x), special.j0(x64), rtol=0, atol=5e-7)
     np.testing.assert_allclose(first(x), -special.j1(x64), rtol=0, atol=5e-7)
     np.testing.assert_allclose(second(x), -special.jvp(1, x64), rtol=0, atol=5e-7)
     np.testing.assert_allclose(theory.bessel_j0(0.0), 1, rtol=1e-7)
@@ -124,42 +128,42 @@ def test_marcum_q(a):
     b = np.linspace(0.01, 30, 300, dtype=np.float32)
     law = stats.ncx2(2, np.float64(np.float32(a)) ** 2)
     squares = b.astype(np.float64) ** 2
-    assert_close(theory.marcum_q1(a, b), law.sf(squares), 1e-5)
-    assert_close(rice_cdf(a, b), law.cdf(squares), 1e-5)
+    assert_close(jax.jit(theory.marcum_q1)(a, b), law.sf(squares), 1e-5)
+    assert_close(jax.jit(rice_cdf)(a, b), law.cdf(squares), 1e-5)
 
 
 @pytest.mark.parametrize("modulation", MODULATIONS)
 def test_awgn_bit_error_rate(modulation):
-    assert_close(theory.ber_awgn(SNR, modulation), ber_awgn_reference(modulation), 1e-5)
-    np.testing.assert_allclose(theory.ber_awgn(0.0, modulation), 0.5, rtol=1e-6)
+    assert_close(BER_AWGN(SNR, modulation), ber_awgn_reference(modulation), 3e-5)
+    np.testing.assert_allclose(BER_AWGN(0.0, modulation), 0.5, rtol=1e-6)
 
 
 def test_hand_computed_error_rates():
     # Q(sqrt(2)) = 0.0786496; Rayleigh: (1 - sqrt(1 / 2)) / 2; two branches: p^2 (1 + 2 (1 - p)) with that p
-    np.testing.assert_allclose(theory.ber_awgn(1.0, "bpsk"), 0.0786496, rtol=1e-5)
+    np.testing.assert_allclose(BER_AWGN(1.0, "bpsk"), 0.0786496, rtol=1e-5)
     p = (1 - np.sqrt(0.5)) / 2
-    np.testing.assert_allclose(theory.ber_rayleigh(1.0, "bpsk"), p, rtol=1e-6)
-    np.testing.assert_allclose(theory.ber_rayleigh(1.0, "bpsk", 2), p**2 * (3 - 2 * p), rtol=1e-6)
+    np.testing.assert_allclose(BER_RAYLEIGH(1.0, "bpsk"), p, rtol=1e-6)
+    np.testing.assert_allclose(BER_RAYLEIGH(1.0, "bpsk", 2), p**2 * (3 - 2 * p), rtol=1e-6)
     # Gray 16-QAM on AWGN: (3 Q(x) + 2 Q(3 x) - Q(5 x)) / 4, x = sqrt(snr / 5)
     q1, q3, q5 = (theory.q_function(k * np.sqrt(10 / 5)) for k in (1, 3, 5))
-    np.testing.assert_allclose(theory.ber_awgn(10.0, "16qam"), (3 * q1 + 2 * q3 - q5) / 4, rtol=1e-5)
+    np.testing.assert_allclose(BER_AWGN(10.0, "16qam"), (3 * q1 + 2 * q3 - q5) / 4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("modulation", MODULATIONS)
 def test_error_rates_on_fading(modulation):
     snr = SNR[::5]
     rayleigh = ber_fading_reference(modulation, nakagami_density(1.0))
-    assert_close(theory.ber_rayleigh(snr, modulation), rayleigh, 2e-6)
+    assert_close(BER_RAYLEIGH(snr, modulation), rayleigh, 2e-6)
     # Maximum-ratio combining of N Rayleigh branches is one Nakagami branch of m = N and N times the SNR.
     for branches in (2, 4):
-        combined = theory.ber_nakagami(branches * snr, modulation, float(branches))
-        assert_close(theory.ber_rayleigh(snr, modulation, branches), np.asarray(combined, np.float64), 1e-5)
+        combined = BER_NAKAGAMI(branches * snr, modulation, float(branches))
+        assert_close(BER_RAYLEIGH(snr, modulation, branches), np.asarray(combined, np.float64), 1e-5)
     for m in (0.5, 3.7):
         reference = ber_fading_reference(modulation, nakagami_density(m))
-        assert_close(theory.ber_nakagami(snr, modulation, m), reference, 1e-5)
+        assert_close(BER_NAKAGAMI(snr, modulation, m), reference, 1e-5)
     for k_factor in (0.0, 1.0, 10.0):
         reference = ber_fading_reference(modulation, rician_density(k_factor))
-        assert_close(theory.ber_rician(snr, modulation, k_factor), reference, 1e-5)
+        assert_close(BER_RICIAN(snr, modulation, k_factor), reference, 1e-5)
 
 
 def test_capacity():
@@ -176,7 +180,8 @@ def test_mean_lmmse_error():
     assert_close(theory.mean_lmmse_error_rayleigh(SNR), reference, 1e-6)
     np.testing.assert_array_equal(theory.mean_lmmse_error_rayleigh(0.0), 1)
     np.testing.assert_allclose(jax.grad(theory.mean_lmmse_error_rayleigh)(0.0), -1, rtol=1e-6)
-    slopes = [jax.vmap(jax.grad(exp1_ratio))(jnp.array(s)) for s in ([1e-30, 1e-6, 1.0, 1e6], [0.999999, 1.000001])]
+    slope = jax.jit(jax.vmap(jax.grad(exp1_ratio)))
+    slopes = [slope(jnp.array(s)) for s in ([1e-30, 1e-6, 1.0, 1e6], [0.999999, 1.000001])]
     assert np.all(np.isfinite(slopes[0])) and np.all(np.asarray(slopes[0]) < 0)
     np.testing.assert_allclose(slopes[1][0], slopes[1][1], rtol=1e-5)
 
@@ -187,19 +192,20 @@ def test_means_over_nakagami_and_rician_gains(law, parameter):
     density = nakagami_density(parameter) if law == "nakagami" else rician_density(parameter)
     capacity = average_over_gain(lambda gain: np.log1p(np.multiply.outer(SNR64, gain)) / np.log(2), density)
     error = average_over_gain(lambda gain: 1 / (1 + np.multiply.outer(SNR64, gain)), density)
-    assert_close(getattr(theory, f"ergodic_capacity_{law}")(SNR, parameter), capacity, 1e-6)
-    assert_close(getattr(theory, f"mean_lmmse_error_{law}")(SNR, parameter), error, 1e-5)
+    assert_close(jax.jit(getattr(theory, f"ergodic_capacity_{law}"))(SNR, parameter), capacity, 1e-6)
+    assert_close(jax.jit(getattr(theory, f"mean_lmmse_error_{law}"))(SNR, parameter), error, 1e-5)
 
 
 def test_gain_distributions():
     gain = np.logspace(-6, 2, 81).astype(np.float32)
+    nakagami, rician = jax.jit(theory.nakagami_gain_cdf), jax.jit(theory.rician_gain_cdf)
     gain64 = gain.astype(np.float64)
     assert_close(theory.rayleigh_gain_cdf(gain), -np.expm1(-gain64), 1e-6)
     for m in (0.5, 1.0, 3.5):
-        assert_close(theory.nakagami_gain_cdf(gain, m), special.gammainc(m, m * gain64), 1e-5)
+        assert_close(nakagami(gain, m), special.gammainc(m, m * gain64), 1e-5)
     for k in (1.0, 10.0, 100.0):
-        assert_close(theory.rician_gain_cdf(gain, k), stats.ncx2.cdf(2 * (1 + k) * gain64, 2, 2 * k), 1e-5)
-    assert_close(theory.rician_gain_cdf(gain, 0.0), -np.expm1(-gain64), 1e-6)
+        assert_close(rician(gain, k), stats.ncx2.cdf(2 * (1 + k) * gain64, 2, 2 * k), 1e-5)
+    assert_close(rician(gain, 0.0), -np.expm1(-gain64), 1e-6)
 
 
 def test_outage():
@@ -303,10 +309,10 @@ def test_gradients_and_vmap(name):
         # A step of 2 % leaves a third-order term of some 1e-3 and, in flat directions, float32 rounding.
         np.testing.assert_allclose(gradient[i], difference, rtol=1e-2, atol=1e-5 * abs(compiled(arguments)) / argument)
     assert np.all(np.isfinite(gradient)) and np.all(gradient != 0)
-    batch = arguments * jnp.array([[0.9], [1.0], [1.1]]) * jnp.ones((1, len(arguments)))
+    batch = jnp.outer(jnp.array([0.9, 1.0, 1.1]), arguments)
     mapped = jax.jit(jax.vmap(lambda values: function(*values)))(batch)
     np.testing.assert_allclose(mapped, np.stack([compiled(values) for values in batch]), rtol=1e-5)
-    np.testing.assert_allclose(function(*batch.T), mapped, rtol=1e-5)
+    np.testing.assert_allclose(compiled(batch.T), mapped, rtol=1e-5)
 
 
 def test_parameters_may_be_arrays_while_the_snr_is_not():
@@ -319,6 +325,7 @@ def test_parameters_may_be_arrays_while_the_snr_is_not():
         (lambda k: theory.outage_rician(10.0, 1.0, k), k_factors),
         (lambda m: theory.nakagami_gain_cdf(0.3, m), ms),
     ):
+        function = jax.jit(function)
         together = function(parameters)
         np.testing.assert_allclose(together, [function(value) for value in parameters], rtol=1e-5)
 

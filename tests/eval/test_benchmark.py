@@ -63,13 +63,14 @@ def test_tables_come_from_the_files(result, tmp_path):
     folder, data = result
     benchmark.write_tables(folder, tmp_path / "benchmarks.md")
     text = (tmp_path / "benchmarks.md").read_text()
+    assert all(f"{peer}: not installed" in text for peer in data["missing_peers"])
     row = next(r for r in data["rows"] if r["implementation"] == "megjax" and r["batch"] == 6)
     assert f"batch {row['batch']}" in text and f"{row['per_second'] / 1e3:,.1f} [" in text
     with pytest.raises(ValueError, match="--folder"):
         benchmark.write_tables(tmp_path, tmp_path / "benchmarks.md")
 
 
-def test_a_missing_peer_is_a_line(monkeypatch, tmp_path, capsys):
+def test_a_missing_peer_is_a_line(monkeypatch):
     monkeypatch.setattr(channel, "PEERS", ("numpy_channel", "sionna_channel", "no_such_peer"))
     monkeypatch.setattr(channel, "cases", lambda batches, installed: [])
     rows, missing = channel.run((4,), 3, with_peers=True)
