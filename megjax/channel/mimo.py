@@ -133,18 +133,21 @@ def capacity(channel: Complex[Array, "r n"], snr: Float[ArrayLike, ""]) -> Float
     the linear ratio of the total transmit power to the noise variance of one antenna; ValueError if it is negative.
     """
     _check_snr(snr)
-    rows = _wide(channel) * _sqrt(jnp.asarray(snr, jnp.float32) / channel.shape[1])
+    rows = _wide(channel)
     count = rows.shape[0]
-    # Gram-Schmidt on the rows of [I, sqrt(snr/n) H]: the product of the squared lengths is the determinant. No length
-    # falls below 1, which a Cholesky factor of the Gram matrix loses in float32 at high SNR.
-    rows = jnp.concatenate([jnp.eye(count, dtype=jnp.complex64), rows], axis=1)
+    # Gram-Schmidt on the rows of [I, H], where the inner product weighs the columns of H by snr/n: the product of the
+    # squared lengths is the determinant. None falls below 1, as pivots of the Gram matrix do in float32 at high SNR,
+    # and the 1 is left out of the rows, so that log1p keeps low SNRs.
+    weights = jnp.full(rows.shape[1], jnp.asarray(snr, jnp.float32) / channel.shape[1])
+    weights = jnp.concatenate([jnp.ones(count), weights])
+    rows = jnp.concatenate([jnp.zeros((count, count), jnp.complex64), rows], axis=1)
     bits = jnp.float32(0)
-    for _ in range(count):
+    for i in range(count):
         row, rows = rows[0], rows[1:]
-        squared = jnp.sum(_power(row))
-        bits = bits + jnp.log2(squared)
-        projection = jnp.sum(rows * jnp.conj(row)[None], axis=1) / squared
-        rows = rows - projection[:, None] * row[None]
+        excess = jnp.sum(weights * _power(row))
+        bits = bits + jnp.log1p(excess) / np.float32(math.log(2))
+        projection = jnp.sum(weights[None] * rows * jnp.conj(row)[None], axis=1) / (1 + excess)
+        rows = rows - projection[:, None] * row.at[i].set(1)[None]
     return bits
 
 
@@ -161,8 +164,11 @@ def capacity_waterfilling(channel: Complex[Array, "r n"], snr: Float[ArrayLike, 
     modes = jnp.arange(1, floors.shape[0] + 1)
     levels = (jnp.asarray(snr, jnp.float32) + jnp.cumsum(floors)) / modes
     active = jnp.maximum(jnp.sum(levels > floors), 1)
-    level = levels[active - 1]
-    return jnp.sum(jnp.where(modes <= active, jnp.log2(level * eigenvalues), 0.0))
+    on = modes <= active
+    # The power of a mode, mu - 1/lambda_i, in differences that keep it at low SNR.
+    differences = jnp.where(on[None], floors[None] - floors[:, None], 0.0)
+    powers = (jnp.asarray(snr, jnp.float32) + jnp.sum(differences, axis=1)) / active
+    return jnp.sum(jnp.log1p(jnp.where(on, powers * eigenvalues, 0.0))) / np.float32(math.log(2))
 
 
 @functools.lru_cache

@@ -136,7 +136,9 @@ class OFDM:
 
         Delays on the sampling grid give one lag each and the response of `frequency_response` exactly. A delay between
         two samples spreads over all lags; of its unit energy the lags from -p to q, a distance d_1 and d_2 from the
-        delay, leave out less than (1 / d_1 + 1 / d_2) / pi^2, which falls with `advance` and `cyclic_prefix`.
+        delay, leave out less than (1 / d_1 + 1 / d_2) / pi^2, which falls with `advance` and `cyclic_prefix`. The error
+        gathers at the edges of the band; on the very edge (the lowest subcarrier, N even) the series gives the mean of
+        both edges, however many lags it has.
         """
         lags = np.arange(-self.num_precursors, self.cyclic_prefix - self.num_precursors + 1, dtype=np.float32)
         delays = self._delays_s * self.sample_rate_hz

@@ -111,9 +111,13 @@ def _exp1_fraction(s: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
     Written in s, so that it and its derivatives are regular at s = 0.
     """
-    denominator = 1 + np.float32(2 * _EXP1_DEPTH + 1) * s
-    for k in range(_EXP1_DEPTH, 0, -1):
-        denominator = 1 + np.float32(2 * k - 1) * s - np.float32(k * k) * s * s / denominator
+
+    def level(i, denominator):
+        k = np.float32(_EXP1_DEPTH) - i
+        return 1 + (2 * k - 1) * s - jnp.square(k * s) / denominator
+
+    # A loop, not unrolled: the reverse derivative of the unrolled fraction takes XLA seconds to compile.
+    denominator = jax.lax.fori_loop(0, _EXP1_DEPTH, level, 1 + np.float32(2 * _EXP1_DEPTH + 1) * s)
     return 1 / denominator
 
 

@@ -85,7 +85,7 @@ def test_lmmse_decisions_need_unbiasing():
     bits = jax.random.bernoulli(jax.random.key(7), 0.5, (32 * CHUNK,))
     symbols, gains = modulate(bits, "16qam")[jnp.newaxis], jnp.array([0.6 - 0.8j])
     power, noise_var = jnp.array([POWER]), POWER / 10
-    received = transmit(jax.random.key(8), symbols, gains, power, noise_var)
+    received = jax.jit(transmit)(jax.random.key(8), symbols, gains, power, noise_var)
     shrunk, unbiased = equalize_lmmse(received, gains, power, noise_var), equalize_zf(received, gains, power)
     np.testing.assert_allclose(shrunk * 1.1, unbiased, rtol=1e-5, atol=1e-6)  # (1 + 10) / 10
     errors = [int(jnp.sum(demodulate(estimate[0], "16qam") != bits)) for estimate in (shrunk, unbiased)]

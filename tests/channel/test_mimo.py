@@ -25,7 +25,7 @@ from megjax.channel.mimo import (
 FOUR_SIGMA = 4.0
 FOUR_SIGMA_PROBABILITY = 2 * stats.norm.sf(FOUR_SIGMA)
 SHAPES = [(1, 1), (1, 3), (3, 1), (2, 2), (2, 4), (4, 2), (3, 3), (4, 3)]
-SOME_SHAPES = [(3, 1), (2, 2), (2, 4), (4, 3)]
+SOME_SHAPES = [(3, 1), (2, 4), (4, 3)]
 
 
 def within_standard_error(samples, expected):
@@ -71,8 +71,8 @@ def test_shapes_and_protocol():
     for num_tx, num_rx, combining in ((1, 2, "mrc"), (3, 1, "mrt"), (2, 3, "svd")):
         model = MIMOFading(num_tx, num_rx, combining)
         assert isinstance(model, Fading)
-        gains = model.sample(jax.random.key(0), 5)
-        matrices = model.sample_matrices(jax.random.key(0), 5)
+        gains = jax.jit(model.sample, static_argnums=1)(jax.random.key(0), 5)
+        matrices = draw_matrices(0, num_tx, num_rx, 5)
         assert gains.shape == (5,) and gains.dtype == jnp.complex64
         assert matrices.shape == (5, num_rx, num_tx) and matrices.dtype == jnp.complex64
         np.testing.assert_allclose(gains.real, [np.linalg.svd(h)[1][0] for h in np.asarray(matrices)], rtol=1e-5)
@@ -109,17 +109,15 @@ def test_mean_largest_eigenvalue():
     np.testing.assert_allclose(mean_largest_eigenvalue(2, 2), 3.5, rtol=1e-10)
     assert mean_largest_eigenvalue(1, 5) == mean_largest_eigenvalue(5, 1) == 5.0
     for smaller, larger in ((2, 4), (3, 3), (4, 6)):
-        expected = integrate.quad(lambda x, m=smaller, n=larger: 1 - khatri_cdf(x, m, n), 0, 100, limit=200)[0]
+        expected = integrate.fixed_quad(lambda x, m=smaller, n=larger: 1 - khatri_cdf(x, m, n), 0, 80, n=200)[0]
         np.testing.assert_allclose(mean_largest_eigenvalue(smaller, larger), expected, rtol=1e-8)
         assert mean_largest_eigenvalue(larger, smaller) == mean_largest_eigenvalue(smaller, larger)
     # The edge of the Marchenko-Pastur law, with the mean of the Tracy-Widom law beside it: (4 n) - 1.7711 (16 n)^(1/3).
-    edge = 4 * 128 - 1.7711 * (16 * 128) ** (1 / 3)
-    np.testing.assert_allclose(mean_largest_eigenvalue(128, 128), edge, rtol=1e-2)
+    edge = 4 * 64 - 1.7711 * (16 * 64) ** (1 / 3)
+    np.testing.assert_allclose(mean_largest_eigenvalue(64, 64), edge, rtol=1e-2)
 
 
-@pytest.mark.parametrize(
-    "model", [MIMOFading(1, 4, "mrc"), MIMOFading(3, 1, "mrt"), MIMOFading(2, 2), MIMOFading(4, 3)]
-)
+@pytest.mark.parametrize("model", [MIMOFading(1, 4, "mrc"), MIMOFading(3, 1, "mrt"), MIMOFading(4, 3)])
 def test_normalised_gains_have_unit_power(model):
     unit = MIMOFading(model.num_tx, model.num_rx, model.combining, normalize=True)
     gains = draw(5, unit, 64_000)
@@ -153,11 +151,14 @@ def test_svd_beams_of_special_matrices():
 
 
 def test_no_channel_gives_no_gain():
+    @jax.jit
+    def compute(h):
+        return svd_beams(h), capacity(h, 10.0), capacity_waterfilling(h, 10.0)
+
     for shape in ((2, 2), (1, 3)):
-        h = jnp.zeros(shape, jnp.complex64)
-        transmit, receive, gain = svd_beams(h)
+        (transmit, receive, gain), bits, bits_waterfilling = compute(jnp.zeros(shape, jnp.complex64))
         assert gain == 0 and np.all(np.isfinite(transmit)) and np.all(np.isfinite(receive))
-        assert capacity(h, 10.0) == 0 and abs(capacity_waterfilling(h, 10.0)) < 1e-6
+        assert bits == 0 and abs(bits_waterfilling) < 1e-6
     zero = jnp.zeros(3, jnp.complex64)
     assert mrc_gain(zero) == 0 and np.all(mrc_beam(zero) == 0)
     assert np.all(np.isfinite(jax.grad(lambda x: mrc_gain(x + 0j))(jnp.zeros(3))))
@@ -189,7 +190,7 @@ def test_beams_reduce_the_matrix_to_a_scalar_channel(num_rx, num_tx):
     within_standard_error(np.abs(scalar) ** 2, float(gain) ** 2 + noise_var)
 
 
-@pytest.mark.parametrize(("num_rx", "num_tx"), SHAPES)
+@pytest.mark.parametrize(("num_rx", "num_tx"), [(2, 2), *SOME_SHAPES])
 def test_capacity_is_the_log_determinant(num_rx, num_tx):
     matrices = draw_matrices(10, num_tx, num_rx, 4)
     wide = np.asarray(matrices, np.complex128)
@@ -198,6 +199,18 @@ def test_capacity_is_the_log_determinant(num_rx, num_tx):
     for snr in (0.0, 0.1, 10.0, 1e4):
         determinant = np.linalg.det(np.eye(num_rx) + snr / num_tx * gram).real
         np.testing.assert_allclose(bits(matrices, jnp.float32(snr)), np.log2(determinant), rtol=1e-5, atol=1e-6)
+
+
+def test_capacity_at_low_snr():
+    h = draw_matrices(16, 3, 2, 1)[0]
+    # The slope of log2 det(I + snr/n H H^H) at 0 is tr(H H^H) / (n ln 2).
+    slope = np.sum(np.abs(h) ** 2) / (3 * np.log(2))
+    bits, derivative = jax.jit(jax.vmap(jax.value_and_grad(lambda snr: capacity(h, snr))))(jnp.array([0.0, 1e-9]))
+    np.testing.assert_allclose(bits, [0, 1e-9 * slope], rtol=1e-6)
+    np.testing.assert_allclose(derivative, slope, rtol=1e-6)
+    best = float(svd_gain(h)) ** 2 / np.log(2)
+    np.testing.assert_allclose(capacity_waterfilling(h, 1e-9), 1e-9 * best, rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(lambda snr: capacity_waterfilling(h, snr))(0.0), best, rtol=1e-5)
 
 
 def test_capacity_of_a_nearly_singular_matrix_at_high_snr():
@@ -230,7 +243,7 @@ def waterfilling_by_bisection(h, snr):
     return np.sum(np.log2(np.maximum(level * eigenvalues, 1)))
 
 
-@pytest.mark.parametrize(("num_rx", "num_tx"), SHAPES)
+@pytest.mark.parametrize(("num_rx", "num_tx"), [(2, 2), *SOME_SHAPES])
 def test_waterfilling_capacity(num_rx, num_tx):
     matrices = draw_matrices(12, num_tx, num_rx, 4)
 
@@ -256,16 +269,21 @@ def test_waterfilling_by_hand():
     np.testing.assert_allclose(capacity_waterfilling(h, 0.0), 0.0, atol=1e-6)
 
 
-@pytest.mark.parametrize("model", [MIMOFading(1, 3, "mrc"), MIMOFading(2, 2), MIMOFading(3, 3)])
+@pytest.mark.parametrize("model", [MIMOFading(2, 2), MIMOFading(4, 3)])
 def test_jit_and_vmap_agree_with_the_loop(model):
+    one = jax.jit(model.sample, static_argnums=1)
     keys = jax.random.split(jax.random.key(13), 3)
     mapped = jax.jit(jax.vmap(lambda key: model.sample(key, 4)))(keys)
-    loop = [model.sample(key, 4) for key in jax.random.split(jax.random.key(13), 3)]
+    loop = [one(key, 4) for key in jax.random.split(jax.random.key(13), 3)]
     np.testing.assert_allclose(mapped, np.stack(loop), rtol=1e-5)
-    matrices = model.sample_matrices(jax.random.key(14), 5)
-    for fn in (lambda h: capacity(h, 3.0), lambda h: capacity_waterfilling(h, 3.0), svd_gain):
-        mapped = jax.jit(jax.vmap(fn))(matrices)
-        np.testing.assert_allclose(mapped, [fn(h) for h in matrices], rtol=1e-5)
+    matrices = draw_matrices(14, model.num_tx, model.num_rx, 3)
+
+    def gain_and_capacities(h):
+        return jnp.stack([svd_gain(h), capacity(h, 3.0), capacity_waterfilling(h, 3.0)])
+
+    mapped = jax.jit(jax.vmap(gain_and_capacities))(matrices)
+    one = jax.jit(gain_and_capacities)
+    np.testing.assert_allclose(mapped, [one(h) for h in matrices], rtol=1e-5)
 
 
 @pytest.mark.parametrize(("num_rx", "num_tx"), SOME_SHAPES)
@@ -280,7 +298,7 @@ def test_gradients_against_finite_differences(num_rx, num_tx):
         return jnp.stack([svd_gain(moved), beams, capacity(moved, snr), capacity_waterfilling(moved, snr)])
 
     slope = np.asarray(jax.jit(jax.jacrev(along))(0.0))
-    low, high = np.asarray(jax.jit(jax.vmap(along))(step * jnp.array([-1.0, 1.0])))
+    low, high = (np.asarray(jax.jit(along)(x)) for x in (-step, step))
     assert np.all(np.isfinite(slope)) and np.all(slope != 0)
     # What the difference leaves out, step^2 times third derivatives, is some 1e-3 of the scale of the direction.
     np.testing.assert_allclose(slope, (high - low) / (2 * step), atol=1e-2 * np.linalg.norm(direction))

@@ -32,6 +32,7 @@ def test_large_steps_keep_their_phase():
 def test_derivatives():
     steps = range(-2, 3)
 
+    @jax.jit
     def wave(turns):
         cosine, sine = rotation(turns, steps)
         return jnp.sum(cosine + 2 * sine)
@@ -40,4 +41,6 @@ def test_derivatives():
     first = np.sum(slope * (2 * np.cos(angle) - np.sin(angle)), axis=1)
     second = -np.sum(slope**2 * (np.cos(angle) + 2 * np.sin(angle)), axis=1)
     np.testing.assert_allclose(jax.grad(wave)(jnp.asarray(TURNS)), first, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(jax.vmap(jax.grad(jax.grad(wave)))(jnp.asarray(TURNS)), second, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(
+        jax.jit(jax.vmap(jax.grad(jax.grad(wave))))(jnp.asarray(TURNS)), second, rtol=1e-4, atol=1e-3
+    )

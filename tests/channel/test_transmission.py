@@ -20,6 +20,7 @@ NUM_SYMBOLS = 20_000
 FOUR_SIGMA = 4.0
 GAINS = jnp.array([1.0, 0.3 - 0.8j, 0.1j], jnp.complex64)
 POWER = jnp.array([1.0, 1.7, 0.3])
+TRANSMIT = jax.jit(transmit)
 
 
 def random_symbols(seed, shape):
@@ -34,7 +35,7 @@ def mean_and_error(samples):
 def test_noise_is_absolute_and_circular():
     noise_var = 0.25
     symbols = random_symbols(0, (3, NUM_SYMBOLS))
-    received = transmit(jax.random.key(1), symbols, GAINS, POWER, noise_var)
+    received = TRANSMIT(jax.random.key(1), symbols, GAINS, POWER, noise_var)
     assert received.shape == symbols.shape and received.dtype == jnp.complex64
     noise = np.asarray(received - (jnp.sqrt(POWER) * GAINS)[:, None] * symbols)
     for samples, expected in ((np.abs(noise) ** 2, noise_var), (noise.real, 0.0), (noise.real * noise.imag, 0.0)):
@@ -43,7 +44,7 @@ def test_noise_is_absolute_and_circular():
 
 
 def test_received_power_follows_transmit_power_and_gain():
-    received = transmit(jax.random.key(2), random_symbols(3, (3, NUM_SYMBOLS)), GAINS, POWER, 0.1)
+    received = TRANSMIT(jax.random.key(2), random_symbols(3, (3, NUM_SYMBOLS)), GAINS, POWER, 0.1)
     mean, error = mean_and_error(np.abs(np.asarray(received)) ** 2)
     expected = np.asarray(POWER) * np.abs(np.asarray(GAINS)) ** 2 + 0.1
     assert np.all(np.abs(mean - expected) <= FOUR_SIGMA * error)
@@ -52,7 +53,7 @@ def test_received_power_follows_transmit_power_and_gain():
 def test_twice_the_power_is_3_db_more():
     def measured_snr(power):
         symbols = random_symbols(4, (3, NUM_SYMBOLS))
-        received = transmit(jax.random.key(5), symbols, GAINS, power, 0.5)
+        received = TRANSMIT(jax.random.key(5), symbols, GAINS, power, 0.5)
         clean = (jnp.sqrt(power) * GAINS)[:, None] * symbols
         return jnp.mean(jnp.abs(clean) ** 2, axis=1) / jnp.mean(jnp.abs(received - clean) ** 2, axis=1)
 
@@ -67,7 +68,7 @@ def test_twice_the_power_is_3_db_more():
 def test_lmmse_error_variance(snr_db):
     noise_var = units.noise_var_from_snr_db(snr_db)
     symbols = random_symbols(6, (3, NUM_SYMBOLS))
-    received = transmit(jax.random.key(7), symbols, GAINS, POWER, noise_var)
+    received = TRANSMIT(jax.random.key(7), symbols, GAINS, POWER, noise_var)
     estimate = equalize_lmmse(received, GAINS, POWER, noise_var)
     mean, error = mean_and_error(np.abs(np.asarray(estimate - symbols)) ** 2)
     expected = 1 / (1 + np.asarray(post_equalisation_snr(GAINS, POWER, noise_var)))
@@ -89,11 +90,12 @@ def test_vmap_and_jit_agree_with_the_loop():
         fading_key, noise_key, symbol_key = jax.random.split(key, 3)
         gains = RayleighFading().sample(fading_key, 3)
         symbols = jax.random.normal(symbol_key, (3, 5), jnp.complex64)
-        return equalize_lmmse(transmit(noise_key, symbols, gains, POWER, noise_var), gains, POWER, noise_var)
+        return equalize_lmmse(TRANSMIT(noise_key, symbols, gains, POWER, noise_var), gains, POWER, noise_var)
 
     noise_vars = jnp.array([0.1, 1.0, 10.0])
     mapped = jax.jit(jax.vmap(link))(jax.random.split(jax.random.key(8), 3), noise_vars)
-    loop = [link(key, var) for key, var in zip(jax.random.split(jax.random.key(8), 3), noise_vars, strict=True)]
+    compiled = jax.jit(link)
+    loop = [compiled(key, var) for key, var in zip(jax.random.split(jax.random.key(8), 3), noise_vars, strict=True)]
     np.testing.assert_allclose(mapped, np.stack(loop), rtol=1e-4, atol=1e-6)
 
 
@@ -101,10 +103,10 @@ def test_gradients_are_finite_and_nonzero():
     symbols = random_symbols(9, (3, 8))
 
     def error(power, scale, noise_var):
-        received = transmit(jax.random.key(10), scale * symbols, GAINS, power, noise_var)
+        received = TRANSMIT(jax.random.key(10), scale * symbols, GAINS, power, noise_var)
         return jnp.mean(jnp.abs(equalize_lmmse(received, GAINS, power, noise_var) - symbols) ** 2)
 
-    for gradient in jax.grad(error, argnums=(0, 1, 2))(POWER, 1.0, 0.3):
+    for gradient in jax.jit(jax.grad(error, argnums=(0, 1, 2)))(POWER, 1.0, 0.3):
         assert np.all(np.isfinite(gradient)) and np.all(np.asarray(gradient) != 0)
 
 
@@ -113,12 +115,12 @@ def test_silent_block_gives_zeros_and_finite_gradients():
     symbols = random_symbols(11, (3, 8))
 
     def received_energy(power):
-        received = transmit(jax.random.key(12), symbols, GAINS, power, 0.3)
+        received = TRANSMIT(jax.random.key(12), symbols, GAINS, power, 0.3)
         return jnp.sum(jnp.abs(equalize_lmmse(received, GAINS, power, 0.3)) ** 2)
 
     estimate = equalize_lmmse(symbols, GAINS, power, 0.3)
     np.testing.assert_array_equal(estimate[1], np.zeros(8))
-    assert np.all(np.isfinite(jax.grad(received_energy)(power)))
+    assert np.all(np.isfinite(jax.jit(jax.grad(received_energy))(power)))
 
 
 def test_mismatched_shapes_are_rejected():
@@ -129,7 +131,7 @@ def test_mismatched_shapes_are_rejected():
 def test_zero_forcing_is_unbiased_with_the_stated_error():
     noise_var = 0.4
     symbols = random_symbols(14, (3, NUM_SYMBOLS))
-    received = transmit(jax.random.key(15), symbols, GAINS, POWER, noise_var)
+    received = TRANSMIT(jax.random.key(15), symbols, GAINS, POWER, noise_var)
     estimate = equalize_zf(received, GAINS, POWER)
     assert estimate.shape == symbols.shape and estimate.dtype == jnp.complex64
     error = np.asarray(estimate - symbols)
@@ -161,7 +163,7 @@ def test_zero_forcing_of_blocks_without_power_or_gain():
     np.testing.assert_array_equal(equalize_zf(received, gains, power)[1:], np.zeros((2, 8)))
     np.testing.assert_allclose(zf_error_var(gains, power, 0.3), [0.3, 1, 1], rtol=1e-6)
     np.testing.assert_allclose(lmmse_error_var(gains, power, 0.3), [0.3 / 1.3, 1, 1], rtol=1e-6)
-    for gradient in jax.grad(summary, argnums=(0, 1))(gains, power):
+    for gradient in jax.jit(jax.grad(summary, argnums=(0, 1)))(gains, power):
         assert np.all(np.isfinite(gradient)) and gradient[0] != 0
 
 
@@ -183,7 +185,7 @@ def test_receiver_with_estimated_gains():
     known = jnp.sqrt(1 - error_var) * jax.random.normal(known_key, (NUM_SYMBOLS,), jnp.complex64)
     gains = known + jnp.sqrt(error_var) * jax.random.normal(error_key, (NUM_SYMBOLS,), jnp.complex64)
     symbols = jax.random.normal(symbol_key, (NUM_SYMBOLS, 1), jnp.complex64)
-    received = transmit(noise_key, symbols, gains, power, noise_var)
+    received = TRANSMIT(noise_key, symbols, gains, power, noise_var)
     effective = noise_var + power * error_var
     errors = np.abs(np.asarray(equalize_lmmse(received, known, power, effective) - symbols)[:, 0]) ** 2
     mean, spread = mean_and_error(errors - np.asarray(lmmse_error_var(known, power, effective)))
