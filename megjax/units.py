@@ -1,5 +1,6 @@
 """Conversions between decibels and linear power ratios; the library's only logarithms to base 10 are here."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
@@ -19,7 +20,12 @@ def linear_to_db(value: ArrayLike) -> Float[Array, "*s"]:
 
 
 def noise_var_from_snr_db(snr_db: ArrayLike) -> Float[Array, "*s"]:
-    """Absolute noise variance per complex symbol, sigma^2 = 10^(-snr_db / 10): `snr_db` always means 1 / sigma^2."""
+    """Absolute noise variance per complex symbol, sigma^2 = 10^(-snr_db / 10): `snr_db` always means 1 / sigma^2.
+
+    Raises ValueError, outside jit, for values that `check_snr_db` refuses.
+    """
+    if not isinstance(snr_db, jax.core.Tracer):
+        check_snr_db(snr_db)
     return db_to_linear(-jnp.asarray(snr_db, jnp.float32))
 
 

@@ -1,7 +1,7 @@
 """Fading-channel simulator: laws of the gains, links over them, their closed forms, and rollouts of millions.
 
-Everything takes one realisation, is differentiable where the mathematics is, and is vmapped by the caller, over keys and
-over the parameters of a model alike. The link is y_t = sqrt(p_t) h_t s_t + n_t with n_t ~ CN(0, sigma^2), where
+Everything takes one realisation, is differentiable where the mathematics is, and is vmapped by the caller, over keys
+and over the parameters of a model alike. The link is y_t = sqrt(p_t) h_t s_t + n_t with n_t ~ CN(0, sigma^2), where
 sigma^2 = 10^(-snr_db / 10) is absolute. `channel.theory` holds the closed forms, `channel.mimo` beams and capacities.
 """
 

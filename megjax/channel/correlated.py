@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Key
 
-from megjax.channel.fading import amplitude
+from megjax.channel.numerics import safe_sqrt
 from megjax.channel.parameters import channel_model, check, check_count, scalar, static
 from megjax.channel.phasor import rotation
-from megjax.channel.random import complex_normal
+from megjax.channel.random import complex_normal, split, uniform
 
 
 @channel_model
@@ -60,9 +60,9 @@ class JakesFading:
         """Gains [t] of consecutive blocks, a stationary and jointly circular process."""
         check_count("num_blocks", num_blocks)
         doppler = scalar("doppler", self.doppler)
-        angle_key, path_key = jax.random.split(key)
+        angle_key, path_key = split(key)
         sector = np.arange(self.num_paths, dtype=np.float32)
-        angles = np.float32(math.pi / self.num_paths) * (sector + jax.random.uniform(angle_key, (self.num_paths,)))
+        angles = np.float32(math.pi / self.num_paths) * (sector + uniform(angle_key, (self.num_paths,)))
         paths = complex_normal(path_key, (self.num_paths,)) * np.float32(self.num_paths**-0.5)
         # Block t = q r + s turns by q r, then by s: M (T / r + r) rotations and a small matrix product make M T terms.
         stride = math.isqrt(num_blocks - 1) + 1
@@ -93,7 +93,7 @@ class GaussMarkovFading:
         """Gains [t] of consecutive blocks, stationary from the first."""
         check_count("num_blocks", num_blocks)
         rho = scalar("rho", self.rho)
-        innovation = amplitude((1 - rho) * (1 + rho))
+        innovation = safe_sqrt((1 - rho) * (1 + rho))
         noise = complex_normal(key, (num_blocks,))
 
         def advance(gain, noise):

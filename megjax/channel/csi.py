@@ -15,14 +15,14 @@ Hassibi and B. M. Hochwald, "How much training is needed in multiple-antenna wir
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
-from megjax.channel.fading import Fading, amplitude, broadcast_fields
+from megjax.channel.fading import Fading
+from megjax.channel.numerics import safe_sqrt
 from megjax.channel.parameters import channel_model, check, check_count, scalar, static
-from megjax.channel.random import complex_normal
+from megjax.channel.random import complex_normal, split
 
 
 class ChannelKnowledge(NamedTuple):
@@ -68,7 +68,7 @@ def estimate_gains(
     _check_noise_var(noise_var)
     pilots = [("pilot_power", pilot_power), ("num_pilots", num_pilots), ("noise_var", noise_var)]
     snr = _pilot_snr(*(scalar(name, value) for name, value in pilots))
-    return (snr * gains + amplitude(snr) * complex_normal(key, gains.shape)) / (1 + snr)
+    return (snr * gains + safe_sqrt(snr) * complex_normal(key, gains.shape)) / (1 + snr)
 
 
 def delayed_gains(gains: Complex[Array, " n"], delay_blocks: int) -> tuple[Complex[Array, " t"], Complex[Array, " t"]]:
@@ -94,7 +94,7 @@ def outdated_gains(key: Key[Array, ""], gains: Complex[Array, " t"], correlation
     """
     check("correlation", correlation, "a real number from -1 to 1", lambda rho: np.abs(rho) <= 1)
     rho = scalar("correlation", correlation)
-    return rho * gains + amplitude((1 - rho) * (1 + rho)) * complex_normal(key, gains.shape)
+    return rho * gains + safe_sqrt((1 - rho) * (1 + rho)) * complex_normal(key, gains.shape)
 
 
 def effective_noise_var(
@@ -126,7 +126,6 @@ class ImperfectCSI:
         _check_pilots(self.pilot_power, self.num_pilots)
         check_count("delay_blocks", self.delay_blocks, smallest=0)
         check_count("history", self.history, smallest=0)
-        broadcast_fields(self, "pilot_power", "num_pilots")
 
     def sample(self, key: Key[Array, ""], fading: Fading, num_blocks: int, noise_var: ArrayLike) -> ChannelKnowledge:
         """Gains of `num_blocks` blocks of `fading` and what both ends know of them, one realisation; the caller vmaps.
@@ -135,7 +134,7 @@ class ImperfectCSI:
         `fading` with E|h|^2 = 1. Raises ValueError for noise_var <= 0.
         """
         check_count("num_blocks", num_blocks)
-        fading_key, pilot_key = jax.random.split(key)
+        fading_key, pilot_key = split(key)
         earlier = max(self.delay_blocks, self.history)
         gains = fading.sample(fading_key, earlier + num_blocks)
         estimates = estimate_gains(pilot_key, gains, self.pilot_power, self.num_pilots, noise_var)

@@ -1,16 +1,16 @@
 """Laws of the block-fading gains h_t, all with E|h_t|^2 = 1, that are independent from block to block."""
 
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, ArrayLike, Complex, Float, Key
+from jaxtyping import Array, ArrayLike, Complex, Key
 
 from megjax import units
+from megjax.channel.numerics import safe_sqrt
 from megjax.channel.parameters import channel_model, check, check_count, scalar, static
-from megjax.channel.random import complex_normal, unit_phasor
+from megjax.channel.random import complex_normal, split, unit_phasor
 
 
 @runtime_checkable
@@ -19,28 +19,6 @@ class Fading(Protocol):
 
     def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
         """Complex gains [t] of `num_blocks` consecutive blocks, one realisation; the caller vmaps over keys."""
-
-
-def amplitude(power: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """sqrt(power), elementwise, with gradient 0 instead of infinity where the power is 0."""
-    on = power > 0
-    return jnp.where(on, jnp.sqrt(jnp.where(on, power, 1.0)), 0.0)
-
-
-def broadcast_fields(model: Any, *names: str) -> None:
-    """Give the named leaves of a model under construction one shape, so that vmap finds an axis in each of them.
-
-    Where all are scalars nothing changes. Raises ValueError when their shapes do not broadcast.
-    """
-    values = [getattr(model, name) for name in names]
-    try:
-        shape = np.broadcast_shapes(*map(jnp.shape, values))
-    except ValueError:
-        shapes = " and ".join(str(jnp.shape(value)) for value in values)
-        raise ValueError(f"{', '.join(names)} have shapes {shapes}; they must broadcast to one shape") from None
-    for name, value in zip(names, values, strict=True):
-        if jnp.shape(value) != shape:
-            object.__setattr__(model, name, jnp.broadcast_to(jnp.asarray(value), shape))
 
 
 @channel_model
@@ -83,7 +61,6 @@ class RicianFading:
         check("los_phase", self.los_phase, "a finite angle in radians", lambda phase: True)
         if not isinstance(self.random_phase, bool):
             raise ValueError(f"random_phase is {self.random_phase!r}; it must be True or False")
-        broadcast_fields(self, "k_factor", "los_phase")
 
     def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
         """Gains [t], independent given the phase of the line of sight."""
@@ -91,9 +68,9 @@ class RicianFading:
         k_factor, phase = scalar("k_factor", self.k_factor), scalar("los_phase", self.los_phase)
         direction = jax.lax.complex(jnp.cos(phase), jnp.sin(phase))
         if self.random_phase:
-            key, phase_key = jax.random.split(key)
+            key, phase_key = split(key)
             direction = direction * unit_phasor(phase_key, ())
-        line_of_sight = amplitude(k_factor / (1 + k_factor)) * direction
+        line_of_sight = safe_sqrt(k_factor / (1 + k_factor)) * direction
         return line_of_sight + jax.lax.rsqrt(1 + k_factor) * complex_normal(key, (num_blocks,))
 
 
@@ -115,7 +92,7 @@ class NakagamiFading:
         """Gains [t], independent and circularly symmetric."""
         check_count("num_blocks", num_blocks)
         m = scalar("m", self.m)
-        gamma_key, phase_key = jax.random.split(key)
+        gamma_key, phase_key = split(key)
         # The logarithm keeps deep fades, whose power rounds to 0 for small m, and gives them a finite gradient.
         log_power = jax.random.loggamma(gamma_key, m, (num_blocks,)) - jnp.log(m)
         return jnp.exp(log_power / 2) * unit_phasor(phase_key, (num_blocks,))
@@ -143,7 +120,7 @@ class ShadowedFading:
     def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
         """Gains [t]: those of `fading` times the shadowing of this realisation."""
         sigma_db = scalar("sigma_db", self.sigma_db)
-        fading_key, shadow_key = jax.random.split(key)
+        fading_key, shadow_key = split(key)
         mean_db = jnp.square(sigma_db) * (math.log(10) / 20)
         shadowing_db = sigma_db * jax.random.normal(shadow_key) - mean_db
         return units.db_to_linear(shadowing_db / 2) * self.fading.sample(fading_key, num_blocks)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
+from megjax.channel.numerics import precise_matmul, safe_sqrt, squared_magnitude
 from megjax.channel.parameters import channel_model, check, check_count, static
 from megjax.channel.random import complex_normal
 
@@ -71,7 +72,7 @@ class MIMOFading:
 
 def mrc_gain(channel: Complex[Array, " r"]) -> Float[Array, ""]:
     """Amplitude ||h|| of maximum ratio combining over receive antennas; its square is Gamma(r, 1) distributed."""
-    return _sqrt(jnp.sum(_power(channel)))
+    return safe_sqrt(jnp.sum(squared_magnitude(channel)))
 
 
 def mrt_gain(channel: Complex[Array, " n"]) -> Float[Array, ""]:
@@ -84,7 +85,7 @@ def svd_gain(channel: Complex[Array, "r n"]) -> Float[Array, ""]:
 
     Closed form when either side has one or two antennas. Differentiable where that singular value is simple and not 0.
     """
-    return _sqrt(_largest_eigenvalue(_wide(channel)))
+    return safe_sqrt(_largest_eigenvalue(_wide(channel)))
 
 
 def mrc_beam(channel: Complex[Array, " r"]) -> Complex[Array, " r"]:
@@ -109,7 +110,7 @@ def svd_beams(
     """
     wide = _wide(channel)
     short, eigenvalue = _dominant_eigenvector(wide)
-    gain = _sqrt(eigenvalue)
+    gain = safe_sqrt(eigenvalue)
     long = jnp.sum(jnp.conj(wide) * short[:, None], axis=0) / jnp.maximum(gain, _TINY)
     if channel.shape[0] <= channel.shape[1]:
         return long, short, gain
@@ -144,7 +145,7 @@ def capacity(channel: Complex[Array, "r n"], snr: Float[ArrayLike, ""]) -> Float
     bits = jnp.float32(0)
     for i in range(count):
         row, rows = rows[0], rows[1:]
-        excess = jnp.sum(weights * _power(row))
+        excess = jnp.sum(weights * squared_magnitude(row))
         bits = bits + jnp.log1p(excess) / np.float32(math.log(2))
         projection = jnp.sum(weights[None] * rows * jnp.conj(row)[None], axis=1) / (1 + excess)
         rows = rows - projection[:, None] * row.at[i].set(1)[None]
@@ -218,7 +219,7 @@ def _wide(channel: Complex[Array, "r n"]) -> Complex[Array, "a b"]:
 def _largest_eigenvalue(wide: Complex[Array, "a b"]) -> Float[Array, ""]:
     count = wide.shape[0]
     if count == 1:
-        return jnp.sum(_power(wide))
+        return jnp.sum(squared_magnitude(wide))
     if count == 2:
         first, second, _, root = _gram_of_two(wide)
         return (first + second) / 2 + root
@@ -232,7 +233,7 @@ def _eigenvalues(wide: Complex[Array, "a b"]) -> Float[Array, " a"]:
         largest = _largest_eigenvalue(wide)
         # The determinant as a sum of squared minors keeps the small eigenvalue that a difference would cancel.
         minors = wide[0, :, None] * wide[1, None, :]
-        determinant = jnp.sum(_power(minors - minors.T)) / 2
+        determinant = jnp.sum(squared_magnitude(minors - minors.T)) / 2
         return jnp.stack([largest, determinant / jnp.maximum(largest, _TINY)])
     if count == 1:
         return _largest_eigenvalue(wide)[None]
@@ -251,7 +252,7 @@ def _dominant_eigenvector(wide: Complex[Array, "a b"]) -> tuple[Complex[Array, "
         real = jax.lax.complex(root + jnp.abs(half), jnp.zeros_like(root))
         vector = jnp.where(half >= 0, jnp.stack([real, jnp.conj(cross)]), jnp.stack([cross, real]))
         value = (first + second) / 2 + root
-        squared = jnp.sum(_power(vector))
+        squared = jnp.sum(squared_magnitude(vector))
         distinct = squared > 0
         vector = jnp.where(distinct, vector, jnp.array([1, 0], jnp.complex64))
         vector = vector / jnp.sqrt(jnp.where(distinct, squared, 1.0))
@@ -262,31 +263,21 @@ def _dominant_eigenvector(wide: Complex[Array, "a b"]) -> tuple[Complex[Array, "
 
 
 def _gram(wide: Complex[Array, "a b"]) -> Complex[Array, "a a"]:
-    return jnp.matmul(wide, jnp.conj(wide.T), precision=jax.lax.Precision.HIGHEST)
+    return precise_matmul(wide, jnp.conj(wide.T))
 
 
 def _gram_of_two(wide: Complex[Array, "2 b"]) -> tuple[Array, Array, Array, Array]:
     """Both diagonal elements, the one above the diagonal, and half the difference of the eigenvalues."""
-    first, second = jnp.sum(_power(wide[0])), jnp.sum(_power(wide[1]))
+    first, second = jnp.sum(squared_magnitude(wide[0])), jnp.sum(squared_magnitude(wide[1]))
     cross = jnp.sum(wide[0] * jnp.conj(wide[1]))
-    return first, second, cross, _sqrt(jnp.square((first - second) / 2) + _power(cross))
+    return first, second, cross, safe_sqrt(jnp.square((first - second) / 2) + squared_magnitude(cross))
 
 
 def _opposite_phase(value: Complex[Array, ""]) -> Complex[Array, ""]:
     """conj(value) / |value|, and 1 for 0."""
-    squared = _power(value)
+    squared = squared_magnitude(value)
     known = squared > 0
     return jnp.where(known, jnp.conj(value) / jnp.sqrt(jnp.where(known, squared, 1.0)), jnp.complex64(1))
-
-
-def _power(value: Complex[Array, "*s"]) -> Float[Array, "*s"]:
-    return jnp.square(value.real) + jnp.square(value.imag)
-
-
-def _sqrt(value: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """Square root with gradient 0, instead of infinity, at 0."""
-    positive = value > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, value, 1.0)), 0.0)
 
 
 def _check_snr(snr: ArrayLike) -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
+from megjax.channel.numerics import precise_matmul
 from megjax.channel.parameters import channel_model, check, check_count, scalar, static
 from megjax.channel.phasor import rotation
 from megjax.channel.tdl import TappedDelayLine
@@ -110,13 +111,13 @@ class OFDM:
         # In half spacings, because the centre of an even number of subcarriers lies between two of them.
         first = width - 1 - 2 * (self.num_subcarriers // 2)
         centres = range(first, first + 2 * width * blocks, 2 * width)
-        response = _matmul(self.tdl.sample(key, slots), self._steering(0.5, centres))
+        response = precise_matmul(self.tdl.sample(key, slots), self._steering(0.5, centres))
         return response.reshape(-1)[:num_blocks]
 
     def frequency_response(self, taps: Complex[Array, "t l"]) -> Complex[Array, "t n"]:
         """Gains [t n] of the subcarriers, in ascending frequency, for snapshots `taps` [t l] at the delays of `tdl`."""
         first = -(self.num_subcarriers // 2)
-        return _matmul(taps, self._steering(1.0, range(first, first + self.num_subcarriers)))
+        return precise_matmul(taps, self._steering(1.0, range(first, first + self.num_subcarriers)))
 
     @property
     def _delays_s(self) -> Float[Array, " l"]:
@@ -143,7 +144,7 @@ class OFDM:
         lags = np.arange(-self.num_precursors, self.cyclic_prefix - self.num_precursors + 1, dtype=np.float32)
         delays = self._delays_s * self.sample_rate_hz
         pulses = jnp.sinc(lags[None] - delays[:, None])
-        return jax.lax.complex(_matmul(taps.real, pulses), _matmul(taps.imag, pulses))
+        return jax.lax.complex(precise_matmul(taps.real, pulses), precise_matmul(taps.imag, pulses))
 
     def sampled_frequency_response(self, impulse_response: Complex[Array, "t k"]) -> Complex[Array, "t n"]:
         """Gains [t n] of the subcarriers under an `impulse_response` [t k]: what `demodulate` sees, without noise."""
@@ -198,11 +199,6 @@ class OFDM:
 
     def _check_lags(self, impulse_response: Complex[Array, "t k"]) -> None:
         _check_width("impulse_response", impulse_response, self.cyclic_prefix + 1)
-
-
-def _matmul(a: Array, b: Array) -> Array:
-    """Matrix product at full precision: accelerators round float32 factors to fewer bits unless told not to."""
-    return jnp.matmul(a, b, precision="highest")
 
 
 def _check_width(name: str, value: Complex[Array, "t n"], width: int) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 Model = TypeVar("Model")
+_NUMBERS = (int, float, np.generic, np.ndarray, jax.Array)
 
 
 def static(default: Any = dataclasses.MISSING) -> Any:
@@ -21,9 +22,20 @@ def channel_model(cls: type[Model]) -> type[Model]:
     """Make `cls` a frozen dataclass and a pytree: `static()` fields are structure, all others leaves.
 
     `__post_init__` checks what a user passes; it does not run when JAX rebuilds the tree, where leaves may be tracers,
-    gradients (of any sign) or axis numbers.
+    gradients (of any sign) or axis numbers. When some leaves are arrays, to be vmapped over, all of them, also those of
+    channel models inside this one, are broadcast to one shape, so that vmap finds its axis in each.
     """
+    own_check = getattr(cls, "__post_init__", lambda model: None)
+
+    def check_and_broadcast(model):
+        own_check(model)
+        shape = _common_shape(model)
+        if shape:
+            _give_shape(model, shape)
+
+    cls.__post_init__ = check_and_broadcast
     cls = dataclasses.dataclass(frozen=True)(cls)
+    cls.is_channel_model = True
     fields = dataclasses.fields(cls)
     leaves = tuple(field.name for field in fields if not field.metadata.get("static"))
     structure = tuple(field.name for field in fields if field.metadata.get("static"))
@@ -43,6 +55,37 @@ def channel_model(cls: type[Model]) -> type[Model]:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def _fields(model: Any) -> list[tuple[str, Any]]:
+    """Names and values of the leaves and models in a model."""
+    return [(f.name, getattr(model, f.name)) for f in dataclasses.fields(model) if not f.metadata.get("static")]
+
+
+def _common_shape(model: Any) -> tuple[int, ...]:
+    """The shape to which all leaves of a model broadcast; ValueError when there is none."""
+    shapes = {}
+    for name, value in _fields(model):
+        if getattr(value, "is_channel_model", False):
+            shapes[name] = _common_shape(value)
+        elif isinstance(value, _NUMBERS):
+            shapes[name] = jnp.shape(value)
+    try:
+        return np.broadcast_shapes(*shapes.values())
+    except ValueError:
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"{type(model).__name__} has leaves of shapes {listed}; they must broadcast to one") from None
+
+
+def _give_shape(model: Any, shape: tuple[int, ...]) -> None:
+    """Broadcast the leaves of a model under construction; models inside it are replaced, not changed."""
+    for name, value in _fields(model):
+        if getattr(value, "is_channel_model", False):
+            inner = jax.tree.unflatten(jax.tree.structure(value), jax.tree.leaves(value))
+            _give_shape(inner, shape)
+            object.__setattr__(model, name, inner)
+        elif isinstance(value, _NUMBERS) and jnp.shape(value) != shape:
+            object.__setattr__(model, name, jnp.broadcast_to(jnp.asarray(value), shape))
 
 
 def check(name: str, value: Any, allowed: str, valid: Callable[[np.ndarray], Any]) -> None:

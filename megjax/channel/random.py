@@ -50,6 +50,16 @@ def fold_in_each(key: Key[Array, ""], data: UInt32[Array, "*s"]) -> Key[Array, "
     return jax.random.wrap_key_data(jnp.stack(words, axis=-1), impl=_THREEFRY)
 
 
+def split(key: Key[Array, ""], num: int = 2) -> Key[Array, " n"]:
+    """`jax.random.split(key, num)` in the kernel that uses the keys (of partitionable Threefry; others: fold-ins)."""
+    return fold_in_each(key, jnp.arange(num, dtype=jnp.uint32))
+
+
+def uniform(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "*s"]:
+    """Numbers uniform on [0, 1), multiples of 2^-24, float32 of this shape."""
+    return (_random_words(key, shape)[0] >> np.uint32(8)).astype(jnp.float32) * np.float32(2.0**-24)
+
+
 def _random_words(key: Key[Array, ""], shape: tuple[int, ...]) -> tuple[UInt32[Array, "*s"], UInt32[Array, "*s"]]:
     """Two independent arrays of random words: the Threefry-2x32 blocks of counters 0, 1, 2, ... under `key`.
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
+from megjax.channel.numerics import precise_matmul
 from megjax.channel.parameters import channel_model, check, check_count, scalar, static
 from megjax.channel.phasor import rotation
-from megjax.channel.random import complex_normal, unit_phasor
+from megjax.channel.random import complex_normal, split, uniform, unit_phasor
 from megjax.channel.tdl_profiles import PROFILES, TDLProfile
 
 LINE_OF_SIGHT_DOPPLER = 0.7
@@ -99,7 +100,7 @@ class TDL:
         """Taps complex64 [n l] at n successive snapshots, one realisation; with doppler_hz = 0 all rows are equal."""
         check_count("n", n)
         turns = scalar("doppler_hz", self.doppler_hz) * scalar("interval_s", self.interval_s)
-        rayleigh_key, phase_key = jax.random.split(key)
+        rayleigh_key, phase_key = split(key)
         taps = _clarke(rayleigh_key, turns, n, np.sqrt(self._table.rayleigh_powers), self.num_paths)
         if self._table.line_of_sight_db is None:
             return taps
@@ -119,12 +120,11 @@ def _clarke(
     """
     if n == 1:
         return complex_normal(key, (1, amplitudes.size)) * amplitudes.astype(np.float32)[None]
-    turn_key, path_key = jax.random.split(key)
+    turn_key, path_key = split(key)
     pairs = np.arange(num_paths // 2, dtype=np.float32)
-    angles = (2 * math.pi / num_paths) * (pairs + jax.random.uniform(turn_key))
+    angles = (2 * math.pi / num_paths) * (pairs + uniform(turn_key, ()))
     waves = jnp.concatenate(rotation(turns * jnp.cos(angles), range(n)))
     scale = (math.sqrt(2 / num_paths) * amplitudes).astype(np.float32)
     paths = complex_normal(path_key, (amplitudes.size, num_paths)) * scale[:, None]
-    # Full precision: accelerators round the factors of a float32 product to fewer bits unless told not to.
-    real, imag = (jnp.matmul(part, waves, precision="highest") for part in (paths.real, paths.imag))
+    real, imag = (precise_matmul(part, waves) for part in (paths.real, paths.imag))
     return jax.lax.complex(real, imag).T

@@ -17,6 +17,7 @@ from jax.scipy.special import gammainc
 from jaxtyping import Array, ArrayLike, Float
 
 from megjax.channel.modulation import bits_per_symbol
+from megjax.channel.numerics import safe_sqrt
 from megjax.channel.parameters import check, check_count
 from megjax.channel.special import bessel_j0, exp1_ratio, marcum_q1, q_function, rice_cdf, scaled_exp1
 
@@ -183,7 +184,7 @@ def rician_gain_cdf(gain: ArrayLike, k_factor: ArrayLike) -> Values:
     Communication over Fading Channels", 2005, chapters 2 and 4.
     """
     gain, k_factor = _non_negative("gain", gain), _non_negative("k_factor", k_factor)
-    return rice_cdf(_safe_sqrt(2 * k_factor), _safe_sqrt(2 * (1 + k_factor) * gain))
+    return rice_cdf(safe_sqrt(2 * k_factor), safe_sqrt(2 * (1 + k_factor) * gain))
 
 
 def outage_rayleigh(snr: ArrayLike, rate: ArrayLike) -> Values:
@@ -243,7 +244,7 @@ def level_crossing_rate_rician(threshold: ArrayLike, doppler: ArrayLike, k_facto
     """
     threshold, doppler = _non_negative("threshold", threshold), _non_negative("doppler", doppler)
     k_factor = _non_negative("k_factor", k_factor)
-    sight, level = _safe_sqrt(k_factor), jnp.sqrt(k_factor + 1) * threshold
+    sight, level = safe_sqrt(k_factor), jnp.sqrt(k_factor + 1) * threshold
     # exp(-K - (K + 1) rho^2) I0(2 rho sqrt(K (K + 1))) in factors that neither overflow nor vanish.
     density = jnp.exp(-jnp.square(level - sight)) * jax.lax.bessel_i0e(2 * sight * level)
     return np.float32(math.sqrt(2 * math.pi)) * doppler * level * density
@@ -342,9 +343,3 @@ def _positive(name: str, value: ArrayLike) -> Values:
 def _shape_parameter(m: ArrayLike) -> Values:
     check("m", m, "0.5 or more", lambda numbers: numbers >= 0.5)
     return jnp.asarray(m, jnp.float32)
-
-
-def _safe_sqrt(value: Values) -> Values:
-    """sqrt with gradient 0, instead of infinity, at 0."""
-    positive = value > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, value, 1.0)), 0.0)

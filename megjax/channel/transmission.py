@@ -10,6 +10,8 @@ appendix A.3 (LMMSE estimation).
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
+from megjax.channel.numerics import safe_sqrt, squared_magnitude
+from megjax.channel.parameters import check
 from megjax.channel.random import complex_normal
 
 
@@ -20,9 +22,14 @@ def transmit(
     power: Float[Array, " t"],
     noise_var: Float[ArrayLike, ""],
 ) -> Complex[Array, "t k"]:
-    """Received symbols y_t = sqrt(p_t) h_t s_t + n_t, n_t ~ CN(0, noise_var), complex64 [t k]."""
+    """Received symbols y_t = sqrt(p_t) h_t s_t + n_t, n_t ~ CN(0, noise_var), complex64 [t k].
+
+    Raises ValueError, outside jit, for a power or a noise variance that is negative or not finite.
+    """
+    check("power", power, "finite and 0 or more", lambda p: p >= 0)
+    check("noise_var", noise_var, "finite and 0 or more", lambda var: var >= 0)
     noise = complex_normal(key, symbols.shape)
-    return (_amplitude(power) * gains)[:, None] * symbols + jnp.sqrt(noise_var) * noise
+    return (safe_sqrt(power) * gains)[:, None] * symbols + jnp.sqrt(noise_var) * noise
 
 
 def equalize_lmmse(
@@ -35,8 +42,10 @@ def equalize_lmmse(
 
     The error variance is `lmmse_error_var`; a block without power gives zeros. The estimate is shrunk by
     gamma_t / (1 + gamma_t), gamma_t as in `post_equalisation_snr`: hard decisions on QAM take `equalize_zf` instead.
+    Raises ValueError, outside jit, unless noise_var > 0.
     """
-    weight = _amplitude(power) * jnp.conj(gains) / (power * _squared_magnitude(gains) + noise_var)
+    _check_noise_var(noise_var)
+    weight = safe_sqrt(power) * jnp.conj(gains) / (power * squared_magnitude(gains) + noise_var)
     return weight[:, None] * received
 
 
@@ -47,17 +56,18 @@ def equalize_zf(
 
     The error variance is `zf_error_var`. A block without power or gain carries no signal and gives zeros.
     """
-    magnitude = _squared_magnitude(gains)
+    magnitude = squared_magnitude(gains)
     usable = (power > 0) & (magnitude > 0)
-    weight = jnp.conj(gains) / jnp.where(usable, _amplitude(power) * magnitude, 1.0)
+    weight = jnp.conj(gains) / jnp.where(usable, safe_sqrt(power) * magnitude, 1.0)
     return jnp.where(usable, weight, 0)[:, None] * received
 
 
 def post_equalisation_snr(
     gains: Complex[Array, " t"], power: Float[Array, " t"], noise_var: Float[ArrayLike, ""] | Float[Array, " t"]
 ) -> Float[Array, " t"]:
-    """gamma_t = p_t |h_t|^2 / noise_var, the linear signal-to-noise ratio of each block."""
-    return power * _squared_magnitude(gains) / noise_var
+    """gamma_t = p_t |h_t|^2 / noise_var, the linear signal-to-noise ratio of each block; needs noise_var > 0."""
+    _check_noise_var(noise_var)
+    return power * squared_magnitude(gains) / noise_var
 
 
 def lmmse_error_var(
@@ -76,11 +86,5 @@ def zf_error_var(
     return jnp.where(usable, 1 / jnp.where(usable, snr, 1.0), 1.0)
 
 
-def _squared_magnitude(gains: Complex[Array, " t"]) -> Float[Array, " t"]:
-    return jnp.square(gains.real) + jnp.square(gains.imag)
-
-
-def _amplitude(power: Float[Array, " t"]) -> Float[Array, " t"]:
-    """sqrt(power) with gradient 0, instead of infinity, where the power is 0."""
-    on = power > 0
-    return jnp.where(on, jnp.sqrt(jnp.where(on, power, 1.0)), 0.0)
+def _check_noise_var(noise_var: ArrayLike) -> None:
+    check("noise_var", noise_var, "finite and more than 0", lambda var: var > 0)

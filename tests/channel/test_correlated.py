@@ -11,6 +11,7 @@ import scipy.stats
 
 from megjax.channel.correlated import GaussMarkovFading, JakesFading
 from megjax.channel.fading import Fading, RayleighFading
+from megjax.channel.random import uniform
 
 FOUR_SIGMA = 4.0
 SMALLEST_P_VALUE = 1e-4
@@ -117,7 +118,7 @@ def test_jakes_phase_accuracy_of_long_sequences(doppler):
     num_blocks = 100_000
     gains = np.asarray(draw(JakesFading(doppler, 1), 4, num_blocks))
     angle_key, _ = jax.random.split(jax.random.key(4))
-    angle = np.float32(np.pi) * jax.random.uniform(angle_key, (1,))
+    angle = np.float32(np.pi) * uniform(angle_key, (1,))
     turns = np.asarray(jnp.float32(doppler) * jnp.cos(angle), np.float64)
     steps = np.arange(num_blocks)
     error = np.abs(gains / gains[0] - np.exp(2j * np.pi * turns * steps))
@@ -136,7 +137,7 @@ def test_jakes_hand_computed_values():
 def test_jakes_derivatives_agree_with_the_sum_of_paths():
     fading, num_blocks = JakesFading(0.23, 3), 6
     angle_key, _ = jax.random.split(jax.random.key(7))
-    angles = np.pi / 3 * (np.arange(3) + np.asarray(jax.random.uniform(angle_key, (3,)), np.float64))
+    angles = np.pi / 3 * (np.arange(3) + np.asarray(uniform(angle_key, (3,)), np.float64))
     shifts = 2j * np.pi * np.outer(np.arange(num_blocks), np.cos(angles))
     gains = np.asarray(draw(fading, 7, num_blocks), np.complex128)
     paths = np.linalg.lstsq(np.exp(0.23 * shifts), gains)[0]

@@ -17,8 +17,8 @@ from megjax.channel.fading import (
     RayleighFading,
     RicianFading,
     ShadowedFading,
-    amplitude,
 )
+from megjax.channel.numerics import safe_sqrt
 
 NUM = 20_000
 NUM_DISTRIBUTION = 2**20
@@ -199,8 +199,8 @@ def test_shadowing_of_a_law_from_elsewhere():
 
 
 def test_amplitude_at_zero():
-    np.testing.assert_array_equal(amplitude(jnp.array([0.0, 4.0])), [0.0, 2.0])
-    np.testing.assert_array_equal(jax.grad(lambda p: amplitude(p).sum())(jnp.array([0.0, 4.0])), [0.0, 0.25])
+    np.testing.assert_array_equal(safe_sqrt(jnp.array([0.0, 4.0])), [0.0, 2.0])
+    np.testing.assert_array_equal(jax.grad(lambda p: safe_sqrt(p).sum())(jnp.array([0.0, 4.0])), [0.0, 0.25])
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_bad_arguments():
             RicianFading(bad)
     with pytest.raises(ValueError, match="los_phase is nan"):
         RicianFading(1.0, np.nan)
-    with pytest.raises(ValueError, match="k_factor, los_phase have shapes"):
+    with pytest.raises(ValueError, match=r"leaves of shapes k_factor \(3,\), los_phase \(2,\)"):
         RicianFading(np.ones(3), np.ones(2))
     for bad in (0.49, np.inf):
         with pytest.raises(ValueError, match="m is .*0.5 or more"):

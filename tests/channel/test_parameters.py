@@ -58,3 +58,31 @@ def test_tracers_pass_and_values_are_checked():
 def test_counts(bad):
     with pytest.raises(ValueError, match="size is .*; it must be an integer of 1 or more"):
         Model(1.0, bad)
+
+
+@channel_model
+class Outer:
+    """A model that holds another one."""
+
+    inner: object
+    scale: object = 1.0
+    note: object = None
+
+    def values(self):
+        return scalar("scale", self.scale) * self.inner.values()
+
+
+def test_leaves_are_broadcast_so_that_vmap_finds_its_axis():
+    given = Model(2.0)
+    outer = Outer(given, jnp.array([1.0, 10.0]))
+    np.testing.assert_array_equal(jax.vmap(Outer.values)(outer), [[2, 2], [20, 20]])
+    assert given.m == 2.0  # a copy was broadcast
+    swept = Outer(Model(jnp.array([1.0, 2.0])), 10.0)
+    np.testing.assert_array_equal(jax.vmap(Outer.values)(swept), [[10, 10], [20, 20]])
+    with pytest.raises(ValueError, match=r"leaves of shapes inner \(2,\), scale \(3,\); they must broadcast to one"):
+        Outer(Model(jnp.ones(2)), jnp.ones(3))
+
+
+def test_what_is_no_channel_model_keeps_its_shape():
+    table = [np.arange(5)]
+    assert Outer(table, jnp.ones(2)).inner is table

@@ -11,6 +11,8 @@ from megjax.channel.random import (
     _unit_exponential,
     complex_normal,
     fold_in_each,
+    split,
+    uniform,
     unit_circle,
     unit_phasor,
 )
@@ -50,6 +52,18 @@ def test_fold_in_each(impl):
         for j in range(3):
             expected = jax.random.fold_in(jax.random.key(4, impl=impl), data[i, j])
             np.testing.assert_array_equal(jax.random.key_data(folded[i, j]), jax.random.key_data(expected))
+
+
+def test_split_is_that_of_jax():
+    ours = jax.random.key_data(split(jax.random.key(8), 3))
+    np.testing.assert_array_equal(ours, jax.random.key_data(jax.random.split(jax.random.key(8), 3)))
+
+
+def test_uniform():
+    numbers = np.asarray(uniform(jax.random.key(9), (NUM,)))
+    assert numbers.min() >= 0 and numbers.max() < 1
+    assert stats.kstest(numbers, stats.uniform.cdf).pvalue > SMALLEST_P
+    assert uniform(jax.random.key(9), ()).shape == ()
 
 
 def test_exponential_is_exact_at_both_ends(words):

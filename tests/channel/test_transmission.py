@@ -197,3 +197,19 @@ def test_zero_forcing_under_vmap_and_jit_agrees_with_the_loop():
     mapped = jax.jit(jax.vmap(lambda received: equalize_zf(received, GAINS, POWER)))(batch)
     loop = np.stack([equalize_zf(received, GAINS, POWER) for received in batch])
     np.testing.assert_allclose(mapped, loop, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
+def test_bad_powers_and_noise(bad):
+    symbols = random_symbols(14, (3, 2))
+    with pytest.raises(ValueError, match="^power is .*; it must be finite and 0 or more$"):
+        transmit(jax.random.key(0), symbols, GAINS, POWER.at[1].set(bad), 1.0)
+    with pytest.raises(ValueError, match="^noise_var is .*; it must be finite and 0 or more$"):
+        transmit(jax.random.key(0), symbols, GAINS, POWER, bad)
+    for call in (
+        lambda var: equalize_lmmse(symbols, GAINS, POWER, var),
+        lambda var: post_equalisation_snr(GAINS, POWER, var),
+    ):
+        for value in (bad, 0.0):
+            with pytest.raises(ValueError, match="^noise_var is .*; it must be finite and more than 0$"):
+                call(value)

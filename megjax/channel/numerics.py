@@ -1,0 +1,20 @@
+"""Small arithmetic that several parts of the channel share."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Complex, Float
+
+
+def squared_magnitude(value: Complex[Array, "*s"]) -> Float[Array, "*s"]:
+    """|value|^2, elementwise, with gradient 0 at 0."""
+    return jnp.square(value.real) + jnp.square(value.imag)
+
+
+def safe_sqrt(value: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """sqrt(value), elementwise, with gradient 0 instead of infinity at 0; 0 below."""
+    positive = value > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, value, 1.0)), 0.0)
+
+
+def precise_matmul(a: Array, b: Array) -> Array:
+    """Matrix product at full precision: accelerators round float32 factors to fewer bits unless told not to."""
+    return jnp.matmul(a, b, precision="highest")
