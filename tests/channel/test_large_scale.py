@@ -260,7 +260,7 @@ def test_other_bad_arguments():
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="num_users is 0"):
         Cell().drop(key, 0)
-    with pytest.raises(ValueError, match="radius_m has shape"):
+    with pytest.raises(ValueError, match="has shape .*: vmap over the model"):
         Cell(radius_m=np.array([100.0, 200.0])).drop(key, 3)
     with pytest.raises(ValueError, match="distance_2d_m is -1.0; it must be more than 0 m"):
         los_probability("uma", -1.0)
