@@ -20,7 +20,9 @@ HEADER = """# Benchmarks
 Made by `python -m eval.benchmark tables` from the JSON files under `benchmarks/`, which commands such as `python -m
 eval.benchmark channel` write. Rates are medians over interleaved rounds with quartiles in brackets; the first call
 includes tracing and compilation. Bytes written are those of the output, and `copy` is what copying an array of its size
-reaches in the same run.
+reaches in the same run. Peers do the same job on the same law, but for TDL: Sionna draws the angles of arrival of each
+tap anew and its paths have constant modulus, where megjax and the NumPy loop share the angles of a realisation among
+its taps and draw Gaussian paths. Sionna has no flat Jakes fading. TDL and Gaussian numbers run at the smallest batch.
 """
 
 
@@ -31,7 +33,7 @@ class Arguments:
     stage: tyro.conf.Positional[Literal["channel", "tables"]]
     """"channel", or "tables", which rewrites docs/benchmarks.md from the files under --folder."""
     batches: tuple[int, ...] = (4_096, 65_536)
-    """Realisations at a time."""
+    """Realisations at a time; TDL and the ways to draw Gaussian numbers run at the smallest only."""
     rounds: int = 9
     """Samples of each contender."""
     peers: bool = True

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import os
 import platform
 import statistics
 import subprocess
@@ -80,17 +81,16 @@ def environment() -> dict[str, Any]:
         "device": _processor() if device.platform == "cpu" else device.device_kind,
         "platform": device.platform,
         "num_devices": jax.device_count(),
-        "cpu_cores": len(_affinity()),
+        "cpu_cores": num_cores(),
         "python": platform.python_version(),
         "versions": _versions(),
         "commit": _commit(),
     }
 
 
-def _affinity() -> set[int]:
-    import os
-
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _versions() -> Mapping[str, str]:

@@ -107,10 +107,13 @@ def draw(path: Path, levels: dict[str, np.ndarray], rows: list[dict]) -> None:
             points = [r for r in rows if r["channel"] == name and r["modulation"] == modulation and r["ber"] > 0]
             columns = [[r[column] for r in points] for column in ("snr_db", "ber", "standard_error")]
             errors = 1.96 * np.array(columns[2])
-            axis.errorbar(*columns[:2], errors, fmt="o", markersize=4, color=f"C{i}", label=modulation, capsize=2)
+            style = {"fmt": "o", "markersize": 4, "color": f"C{i}", "capsize": 2}
+            axis.errorbar(*columns[:2], errors, label=modulation.upper(), **style)
         axis.set(xlabel="SNR per symbol (dB)", ylabel="bit error rate", title=name, ylim=(1e-6, 1), xlim=(-6, 41))
         axis.grid(alpha=0.3)
     others[1].legend(fontsize=9, loc="lower left")
+    place = {"transform": others[0].transAxes, "ha": "right", "va": "top"}
+    others[0].text(0.97, 0.97, "lines: theory\npoints: simulation, 95 %", **place)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -124,8 +127,11 @@ def run(args: Arguments) -> list[dict]:
     write_json(args.output / "ber.json", rows)
     draw(args.output / "channel.png", traces(args.seed), rows)
     scores = [(r["ber"] - r["theory"]) / r["standard_error"] for r in rows if r["standard_error"] > 0]
-    print(f"{len(scores)} points with errors: deviation from theory in standard errors, root mean square ", end="")
-    print(f"{np.sqrt(np.mean(np.square(scores))):.2f}, largest {np.max(np.abs(scores)):.1f}")
+    rms, largest = np.sqrt(np.mean(np.square(scores))), np.max(np.abs(scores))
+    print(
+        f"{len(scores)} of {len(rows)} points saw bit errors; their distance from theory in standard errors: ", end=""
+    )
+    print(f"root mean square {rms:.2f}, largest {largest:.1f}")
     print(f"picture: {args.output / 'channel.png'}\nnumbers: {args.output / 'ber.json'}")
     return rows
 

@@ -1,10 +1,11 @@
 """Channel rollouts in NumPy, as a careful user writes them: threads, float32, cache-sized pieces, reused output."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+
+from eval.measure import num_cores
 
 PIECE = 128
 """Realisations worked on at a time, so that temporaries stay in the cache."""
@@ -26,39 +27,44 @@ def block_fading(symbols: np.ndarray, noise_var: float) -> Callable[[], np.ndarr
 
 
 def jakes(batch: int, num_blocks: int, doppler: float, num_paths: int) -> Callable[[], np.ndarray]:
-    """A call that draws Clarke/Jakes gains [b t]: the same stratified spectral sum as `megjax.channel.JakesFading`."""
+    """A call that draws Clarke/Jakes gains [b t]: the law of `megjax.channel.JakesFading`, an angle in each sector."""
     gains = np.empty((batch, num_blocks), np.complex64)
-    times = np.arange(num_blocks, dtype=np.float32)
+    turns = np.arange(num_blocks, dtype=np.float32) * np.float32(2 * np.pi * doppler)
+    sectors = np.arange(num_paths, dtype=np.float32)
 
     def piece(rng: np.random.Generator, rows: slice) -> None:
-        gains[rows] = _spectral_sum(rng, (gains[rows].shape[0],), times * np.float32(doppler), num_paths)
+        count = gains[rows].shape[0]
+        angles = (rng.random((count, num_paths), dtype=np.float32) + sectors) * np.float32(np.pi / num_paths)
+        phases = np.cos(angles)[..., np.newaxis] * turns
+        rotations = np.empty(phases.shape, np.complex64)
+        np.cos(phases, out=rotations.real)
+        np.sin(phases, out=rotations.imag)
+        gains[rows] = (_complex_normal(rng, (count, 1, num_paths), 1 / num_paths) @ rotations)[:, 0]
 
     return _threaded(piece, batch, gains)
 
 
 def tdl(batch: int, num_steps: int, doppler: float, powers: np.ndarray, num_paths: int) -> Callable[[], np.ndarray]:
-    """A call that draws taps [b t l] with these `powers` [l]; `doppler` in turns a step."""
+    """A call that draws taps [b t l] with these `powers` [l]; `doppler` in turns a step.
+
+    The law and the algorithm of `megjax.channel.TDL`: evenly spaced angles that the taps share, turned by a random one,
+    opposite paths in pairs, hence one real matrix of phases a realisation.
+    """
     taps = np.empty((batch, num_steps, len(powers)), np.complex64)
-    times = np.arange(num_steps, dtype=np.float32) * np.float32(doppler)
-    amplitudes = np.sqrt(powers).astype(np.float32)
+    turns = np.arange(num_steps, dtype=np.float32) * np.float32(2 * np.pi * doppler)
+    amplitudes = np.sqrt(2 / num_paths * powers).astype(np.float32)[:, np.newaxis]
+    pairs = np.arange(num_paths // 2, dtype=np.float32)
 
     def piece(rng: np.random.Generator, rows: slice) -> None:
-        drawn = _spectral_sum(rng, (taps[rows].shape[0], len(powers)), times, num_paths)
-        taps[rows] = np.swapaxes(drawn, 1, 2) * amplitudes
+        count = taps[rows].shape[0]
+        angles = (rng.random((count, 1), dtype=np.float32) + pairs) * np.float32(2 * np.pi / num_paths)
+        phases = turns[:, np.newaxis] * np.cos(angles)[:, np.newaxis]
+        waves = np.concatenate([np.cos(phases), np.sin(phases)], axis=2)
+        paths = _complex_normal(rng, (count, len(powers), num_paths)) * amplitudes
+        taps.real[rows] = waves @ np.swapaxes(paths.real, 1, 2)
+        taps.imag[rows] = waves @ np.swapaxes(paths.imag, 1, 2)
 
     return _threaded(piece, batch, taps)
-
-
-def _spectral_sum(rng: np.random.Generator, shape: tuple[int, ...], turns: np.ndarray, paths: int) -> np.ndarray:
-    """Sum over paths, [*shape t], of CN(0, 1/M) amplitudes rotating at cos(angle) turns."""
-    sectors = np.arange(paths, dtype=np.float32)
-    angles = (rng.random((*shape, paths), dtype=np.float32) + sectors) * np.float32(2 * np.pi / paths)
-    amplitudes = _complex_normal(rng, (*shape, 1, paths), 1 / paths)
-    phases = np.cos(angles)[..., np.newaxis] * (np.float32(2 * np.pi) * turns)
-    rotations = np.empty(phases.shape, np.complex64)
-    np.cos(phases, out=rotations.real)
-    np.sin(phases, out=rotations.imag)
-    return (amplitudes @ rotations)[..., 0, :]
 
 
 def _complex_normal(rng: np.random.Generator, shape: tuple[int, ...], variance: float = 1.0) -> np.ndarray:
@@ -69,7 +75,7 @@ def _complex_normal(rng: np.random.Generator, shape: tuple[int, ...], variance: 
 
 def _threaded(piece: Callable[[np.random.Generator, slice], None], num: int, result: np.ndarray) -> Callable:
     """A call that runs `piece` over all rows, each thread with its own generator (SFC64, NumPy's fastest)."""
-    workers = os.cpu_count() or 1
+    workers = num_cores()
     pool = ThreadPoolExecutor(workers)
     rngs = [np.random.Generator(np.random.SFC64(seed)) for seed in range(workers)]
 

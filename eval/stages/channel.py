@@ -94,7 +94,7 @@ def jakes(batch: int, installed: dict[str, Any]) -> tuple[str, int, int, list[Co
 
 
 def tdl(batch: int, installed: dict[str, Any]) -> tuple[str, int, int, list[Contender]]:
-    """Taps of 16 snapshots of a tapped delay line."""
+    """Taps of 16 snapshots of a tapped delay line; Sionna's draws angles for each tap, the others share them."""
     doppler_hz = DOPPLER / INTERVAL_S
     model = TDL(PROFILE, DELAY_SPREAD_S, doppler_hz, interval_s=INTERVAL_S, num_paths=NUM_PATHS)
     powers = np.asarray(model.powers)

@@ -75,7 +75,7 @@ class JakesFading:
 
 @channel_model
 class GaussMarkovFading:
-    """First-order autoregressive Rayleigh fading: E[h_{t+k} h_t] = rho^k, the blocks a stationary Markov chain.
+    """First-order autoregressive Rayleigh fading: E[h_{t+k} h_t*] = rho^k, the blocks a stationary Markov chain.
 
     h_1 ~ CN(0, 1) and h_{t+1} = rho h_t + sqrt(1 - rho^2) w_t, w_t ~ CN(0, 1): W. Turin and R. van Nobelen, "Hidden
     Markov modeling of flat fading channels", IEEE J. Sel. Areas Commun. 16(9), 1998. `rho` is real, -1 <= rho <= 1: 0

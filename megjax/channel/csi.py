@@ -21,7 +21,7 @@ from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
 from megjax.channel.fading import Fading
 from megjax.channel.numerics import safe_sqrt
-from megjax.channel.parameters import channel_model, check, check_count, scalar, static
+from megjax.channel.parameters import channel_model, check, check_count, check_noise_var, scalar, static
 from megjax.channel.random import complex_normal, split
 
 
@@ -46,7 +46,7 @@ def estimation_error_var(pilot_power: ArrayLike, num_pilots: ArrayLike, noise_va
     num_pilots is whole and >= 0, and noise_var > 0, all finite.
     """
     _check_pilots(pilot_power, num_pilots)
-    _check_noise_var(noise_var)
+    check_noise_var(noise_var)
     return 1 / (1 + _pilot_snr(pilot_power, num_pilots, noise_var))
 
 
@@ -65,7 +65,7 @@ def estimate_gains(
     blocks. Without pilots the estimates are 0. Source and errors as in `estimation_error_var`.
     """
     _check_pilots(pilot_power, num_pilots)
-    _check_noise_var(noise_var)
+    check_noise_var(noise_var)
     pilots = [("pilot_power", pilot_power), ("num_pilots", num_pilots), ("noise_var", noise_var)]
     snr = _pilot_snr(*(scalar(name, value) for name, value in pilots))
     return (snr * gains + safe_sqrt(snr) * complex_normal(key, gains.shape)) / (1 + snr)
@@ -151,7 +151,3 @@ def _pilot_snr(pilot_power: ArrayLike, num_pilots: ArrayLike, noise_var: ArrayLi
 def _check_pilots(pilot_power: ArrayLike, num_pilots: ArrayLike) -> None:
     check("pilot_power", pilot_power, "finite and 0 or more", lambda power: power >= 0)
     check("num_pilots", num_pilots, "a whole number of 0 or more", lambda n: (n >= 0) & (n == np.round(n)))
-
-
-def _check_noise_var(noise_var: ArrayLike) -> None:
-    check("noise_var", noise_var, "finite and more than 0", lambda var: var > 0)

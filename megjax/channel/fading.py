@@ -94,7 +94,7 @@ class NakagamiFading:
         m = scalar("m", self.m)
         gamma_key, phase_key = split(key)
         # The logarithm keeps deep fades, whose power rounds to 0 for small m, and gives them a finite gradient.
-        log_power = jax.random.loggamma(gamma_key, m, (num_blocks,)) - jnp.log(m)
+        log_power = jax.random.loggamma(gamma_key, m, (num_blocks,), jnp.float32) - jnp.log(m)
         return jnp.exp(log_power / 2) * unit_phasor(phase_key, (num_blocks,))
 
 
@@ -113,7 +113,7 @@ class ShadowedFading:
     sigma_db: ArrayLike
 
     def __post_init__(self):
-        if not callable(getattr(self.fading, "sample", None)):
+        if isinstance(self.fading, type) or not callable(getattr(self.fading, "sample", None)):
             raise ValueError(f"fading is {self.fading!r}; it must have a method sample(key, num_blocks)")
         check("sigma_db", self.sigma_db, "finite and 0 or more, in dB", lambda sigma: sigma >= 0)
 

@@ -177,15 +177,12 @@ class Cell:
 
     def __post_init__(self):
         constants = _check_scenario(self.scenario)
-        if self.h_bs_m is None:
-            object.__setattr__(self, "h_bs_m", constants.h_bs_m)
-        if self.min_distance_m is None:
-            object.__setattr__(self, "min_distance_m", constants.min_distance_m)
+        nearest = self._leaf_or_default("min_distance_m")
         _check_distance("radius_m", self.radius_m)
-        _check_distance("min_distance_m", self.min_distance_m)
-        _check_between("min_distance_m", self.min_distance_m, MIN_DISTANCE_M, self.radius_m, "below radius_m")
+        _check_distance("min_distance_m", nearest)
+        _check_between("min_distance_m", nearest, MIN_DISTANCE_M, self.radius_m, "below radius_m")
         _check_frequency(self.frequency_hz)
-        _check_heights(constants, self.h_bs_m, self.h_ut_m)
+        _check_heights(constants, self._leaf_or_default("h_bs_m"), self.h_ut_m)
         _check_receiver(self.bandwidth_hz, self.noise_figure_db)
         for name in ("tx_power_dbm", "antenna_gain_db"):
             check(name, getattr(self, name), "a finite number in dB", lambda value: True)
@@ -197,20 +194,24 @@ class Cell:
         distance_key, los_key, environment_key, shadowing_key = jax.random.split(key, 4)
         height, h_bs = self._leaf("h_ut_m"), self._leaf("h_bs_m")
         nearest, radius = self._leaf("min_distance_m"), self._leaf("radius_m")
-        area = jax.random.uniform(distance_key, (num_users,))
+        area = jax.random.uniform(distance_key, (num_users,), jnp.float32)
         distance = jnp.sqrt(jnp.square(nearest) + area * (jnp.square(radius) - jnp.square(nearest)))
         los = jax.random.uniform(los_key, (num_users,)) < los_probability(self.scenario, distance, height)
         environment = jnp.ones(num_users)
         if self.scenario == "uma":
             environment = _environment_height_m(environment_key, distance, height)
         loss = _path_loss_db(constants, distance, self._leaf("frequency_hz"), h_bs, height, environment, los)
-        shadowing = shadowing_std_db(self.scenario, los) * jax.random.normal(shadowing_key, (num_users,))
+        shadowing = shadowing_std_db(self.scenario, los) * jax.random.normal(shadowing_key, (num_users,), jnp.float32)
         noise = noise_power_dbm(self._leaf("bandwidth_hz"), self._leaf("noise_figure_db"))
         snr = self._leaf("tx_power_dbm") + self._leaf("antenna_gain_db") - loss - shadowing - noise
         return Drop(distance, los, loss, shadowing, snr)
 
+    def _leaf_or_default(self, name: str) -> Any:
+        value = getattr(self, name)
+        return getattr(SCENARIOS[self.scenario], name) if value is None else value
+
     def _leaf(self, name: str) -> Float[Array, ""]:
-        return scalar(name, getattr(self, name))
+        return scalar(name, self._leaf_or_default(name))
 
 
 def _path_loss_db(

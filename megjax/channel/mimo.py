@@ -140,7 +140,7 @@ def capacity(channel: Complex[Array, "r n"], snr: Float[ArrayLike, ""]) -> Float
     # squared lengths is the determinant. None falls below 1, as pivots of the Gram matrix do in float32 at high SNR,
     # and the 1 is left out of the rows, so that log1p keeps low SNRs.
     weights = jnp.full(rows.shape[1], jnp.asarray(snr, jnp.float32) / channel.shape[1])
-    weights = jnp.concatenate([jnp.ones(count), weights])
+    weights = jnp.concatenate([jnp.ones(count, jnp.float32), weights])
     rows = jnp.concatenate([jnp.zeros((count, count), jnp.complex64), rows], axis=1)
     bits = jnp.float32(0)
     for i in range(count):

@@ -20,7 +20,7 @@ _BITS = dict(zip(MODULATIONS, (1, 2, 4, 6, 8, 10), strict=True))
 
 def bits_per_symbol(modulation: str) -> int:
     """Number of bits in a symbol; raises ValueError for a name that is not in `MODULATIONS`."""
-    if modulation not in _BITS:
+    if modulation not in MODULATIONS:
         raise ValueError(f"modulation is {modulation!r}; it must be one of {', '.join(MODULATIONS)}")
     return _BITS[modulation]
 

@@ -1,6 +1,7 @@
 """Small arithmetic that several parts of the channel share."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Complex, Float
 
 
@@ -18,3 +19,11 @@ def safe_sqrt(value: Float[Array, "*s"]) -> Float[Array, "*s"]:
 def precise_matmul(a: Array, b: Array) -> Array:
     """Matrix product at full precision: accelerators round float32 factors to fewer bits unless told not to."""
     return jnp.matmul(a, b, precision="highest")
+
+
+def polynomial(x: Float[Array, "*s"], coefficients: tuple[float, ...]) -> Float[Array, "*s"]:
+    """Value of a polynomial at `x`, elementwise, float32, by Horner's rule: highest power first."""
+    result = jnp.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        result = result * x + np.float32(coefficient)
+    return result

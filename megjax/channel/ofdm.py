@@ -43,6 +43,8 @@ class OFDM:
     advance: int | None = static(None)
 
     def __post_init__(self):
+        if isinstance(self.tdl, type) or not hasattr(self.tdl, "max_delay_s"):
+            raise ValueError(f"tdl is {self.tdl!r}; it must be a tapped delay line such as TDL('A', 100e-9)")
         check_count("num_subcarriers", self.num_subcarriers)
         check_count("cyclic_prefix", self.cyclic_prefix, 0)
         check_count("resource_block_size", self.resource_block_size)

@@ -29,6 +29,8 @@ def channel_model(cls: type[Model]) -> type[Model]:
 
     def check_and_broadcast(model):
         own_check(model)
+        for name, value in _fields(model):
+            object.__setattr__(model, name, _as_leaf(value))
         shape = _common_shape(model)
         if shape:
             _give_shape(model, shape)
@@ -60,6 +62,17 @@ def channel_model(cls: type[Model]) -> type[Model]:
 def _fields(model: Any) -> list[tuple[str, Any]]:
     """Names and values of the leaves and models in a model."""
     return [(f.name, getattr(model, f.name)) for f in dataclasses.fields(model) if not f.metadata.get("static")]
+
+
+def _as_leaf(value: Any) -> Any:
+    """Integers as floats, which can be differentiated, and lists of numbers as arrays; anything else as it is."""
+    if isinstance(value, bool | np.bool_):
+        return value
+    if isinstance(value, int | np.integer):
+        return float(value)
+    numbers = isinstance(value, list | tuple) and np.asarray(value).dtype.kind in "iuf"
+    integers = isinstance(value, np.ndarray | jax.Array) and np.issubdtype(value.dtype, np.integer)
+    return jnp.asarray(value, jnp.float32) if numbers or integers else value
 
 
 def _common_shape(model: Any) -> tuple[int, ...]:
@@ -95,12 +108,17 @@ def check(name: str, value: Any, allowed: str, valid: Callable[[np.ndarray], Any
     """
     if isinstance(value, jax.core.Tracer):
         return
-    try:
-        numbers = np.asarray(value, np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is {value!r}; it must be {allowed}") from None
+    numbers = np.asarray(value)
+    if numbers.dtype.kind not in "iuf" and not jnp.issubdtype(numbers.dtype, jnp.floating):
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+    numbers = numbers.astype(np.float64)
     if not (np.all(np.isfinite(numbers)) and np.all(valid(numbers))):
         raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+
+
+def check_noise_var(noise_var: Any) -> None:
+    """ValueError unless the noise variance, or each of them, is finite and positive."""
+    check("noise_var", noise_var, "finite and more than 0", lambda var: var > 0)
 
 
 def check_count(name: str, value: Any, smallest: int = 1) -> None:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, Key, UInt32
 
+from megjax.channel.numerics import polynomial
+
 # Fitted by Chebyshev interpolation; relative errors of the functions below are under 3e-8 before rounding.
 _LOG1P = (-0.0810163641, 0.1271241, -0.129722556, 0.14202163, -0.166422455, 0.200014689, -0.250002966, 0.333333286)
 _SIN = (-0.000195875404, 0.00833274548, -0.166666646)
@@ -101,7 +103,7 @@ def _unit_exponential(word: UInt32[Array, "*s"]) -> Float[Array, "*s"]:
     short_of_one = ((~word).astype(jnp.float32) + np.float32(0.5)) * np.float32(-(2.0**-32))
     f = jnp.where(near_one, short_of_one, mantissa - 1)
     exponent = jnp.where(near_one, np.int32(0), exponent)
-    log1p = f - f * f * (np.float32(0.5) - f * _polynomial(f, _LOG1P))
+    log1p = f - f * f * (np.float32(0.5) - f * polynomial(f, _LOG1P))
     return exponent.astype(jnp.float32) * np.float32(-math.log(2)) - log1p
 
 
@@ -112,8 +114,8 @@ def unit_circle(word: UInt32[Array, "*s"]) -> tuple[Float[Array, "*s"], Float[Ar
     signed = jax.lax.bitcast_convert_type(word << np.uint32(2), jnp.int32)
     angle = signed.astype(jnp.float32) * np.float32(math.pi / 4 * 2.0**-31)
     square = angle * angle
-    sine = angle + angle * square * _polynomial(square, _SIN)
-    cosine = 1 - square * (np.float32(0.5) - square * _polynomial(square, _COS))
+    sine = angle + angle * square * polynomial(square, _SIN)
+    cosine = 1 - square * (np.float32(0.5) - square * polynomial(square, _COS))
     swap = (quadrant & np.uint32(1)) == 1
     # Quarter turns: (c, s), (-s, c), (-c, -s), (s, -c); the sign is the highest bit of a float.
     sign_x = ((quadrant + np.uint32(1)) & np.uint32(2)) << np.uint32(30)
@@ -123,11 +125,3 @@ def unit_circle(word: UInt32[Array, "*s"]) -> tuple[Float[Array, "*s"], Float[Ar
 
 def _flip(value: Float[Array, "*s"], sign: UInt32[Array, "*s"]) -> Float[Array, "*s"]:
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(value, jnp.uint32) ^ sign, jnp.float32)
-
-
-def _polynomial(x: Float[Array, "*s"], coefficients: tuple[float, ...]) -> Float[Array, "*s"]:
-    """Horner's rule, highest power first."""
-    result = np.float32(coefficients[0])
-    for coefficient in coefficients[1:]:
-        result = result * x + np.float32(coefficient)
-    return result

@@ -22,7 +22,7 @@ from megjax.channel.random import fold_in_each
 from megjax.channel.reductions import Moments, Reduction
 
 _LIMIT = 2**32 - 1
-_SAVE_EVERY_S = 60.0
+_SAVE_EVERY_S = 10.0
 
 
 def rollout(
@@ -46,49 +46,51 @@ def rollout(
 
     Args:
         num: realisations, at most 2^32 - 1.
-        chunk: realisations in memory at a time, over all devices.
+        chunk: realisations computed at a time, over all devices; the results of two chunks may be in memory at once.
         reduction: `Moments()` by default, which returns `Statistics`; `Histogram`, `Samples` or a `Reduction` of yours.
         devices: the chunk is split evenly over them; default: all local devices.
         progress: a bar on stderr, if that is a terminal.
-        checkpoint: file (.safetensors) that keeps the sums about once a minute and on interruption. If it exists, the
+        checkpoint: file (.safetensors) that keeps the sums every ten seconds and on interruption. If it exists, the
             rollout goes on where it stopped, to the same numbers bit for bit when `chunk` and devices are the same.
-            It stays when the rollout is done: the same call then returns at once.
+            It stays when the rollout is done: the same call then returns at once, and one with a larger `num` goes on.
 
     Raises ValueError for bad counts, a key that is not a scalar typed key, an `fn` that returns no arrays, or a
     checkpoint of another rollout.
     """
-    check_count("num", num)
-    check_count("chunk", chunk)
-    if num > _LIMIT:
-        raise ValueError(f"num is {num}; it must be at most 2^32 - 1 = {_LIMIT}")
-    _check_key(key)
     reduction = Moments() if reduction is None else reduction
+    _check(key, fn, num, chunk, args, reduction)
     devices = tuple(jax.local_devices() if devices is None else devices)
+    if not devices:
+        raise ValueError("devices is empty; it must name at least one device")
     share = -(-min(chunk, num) // len(devices))
     size = share * len(devices)
     step = _compiled_step(fn, reduction, share, devices)
     structure = _structure_of_parts(fn, reduction, key, args)
-    store = None if checkpoint is None else _Checkpoint(Path(checkpoint), _fingerprint(key, fn, num, args, reduction))
-    done, total = (0, None) if store is None else store.load(structure)
-    with tqdm(total=num, initial=done, unit=" draws", unit_scale=True, disable=None if progress else True) as bar:
+    store = None if checkpoint is None else _Checkpoint(Path(checkpoint), _fingerprint(key, fn, args, reduction))
+    # (realisations done, their sums): one variable, so that an interrupt finds them in step.
+    state = (0, None) if store is None else store.load(structure)
+    if state[0] > num:
+        raise ValueError(f"num is {num}; checkpoint {str(checkpoint)!r} already holds {state[0]} realisations")
+    with tqdm(total=num, initial=state[0], unit=" draws", unit_scale=True, disable=None if progress else True) as bar:
         try:
-            for start, parts in _one_ahead(lambda i: step(key, np.uint32(i), np.uint32(num), args), done, num, size):
-                total = _merge(reduction, total, parts, len(devices))
-                bar.update(min(start + size, num) - done)
-                done = min(start + size, num)
+            starts = range(state[0], num, size)
+            for start, parts in _one_ahead(lambda i: step(key, np.uint32(i), np.uint32(num), args), starts):
+                end = min(start + size, num)
+                state = (end, _merge(reduction, state[1], parts, len(devices)))
+                bar.update(end - start)
                 if store is not None:
-                    store.save(done, total, at_once=done == num)
+                    store.save(*state, at_once=end == num)
         except KeyboardInterrupt:
-            if store is not None and total is not None:
-                store.save(done, total, at_once=True)
+            if store is not None and state[0]:
+                store.save(*state, at_once=True)
             raise
-    return reduction.finish(total)
+    return reduction.finish(state[1])
 
 
-def _one_ahead(step: Callable[[int], Any], start: int, stop: int, size: int) -> Iterator[tuple[int, Any]]:
+def _one_ahead(step: Callable[[int], Any], starts: range) -> Iterator[tuple[int, Any]]:
     """(first index, parts) of every chunk; each is dispatched before the one ahead of it is handed out."""
     pending = None
-    for index in range(start, stop, size):
+    for index in starts:
         following = (index, step(index))
         if pending is not None:
             yield pending
@@ -106,14 +108,36 @@ def _merge(reduction: Reduction, total: Any, parts: Any, num_devices: int) -> An
     return total
 
 
-def _check_key(key: Any) -> None:
+def _check(key: Any, fn: Any, num: Any, chunk: Any, args: Any, reduction: Any) -> None:
+    """ValueError for arguments of `rollout` that cannot work."""
+    check_count("num", num)
+    check_count("chunk", chunk)
+    if num > _LIMIT:
+        raise ValueError(f"num is {num}; it must be at most 2^32 - 1 = {_LIMIT}")
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((key, args))):
+        raise ValueError("rollout runs outside jit, vmap and grad; apply them to what fn does")
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not typed or key.shape:
         raise ValueError(f"key is {key!r}; it must be one typed key, as jax.random.key(seed) makes")
+    if not callable(fn):
+        raise ValueError(f"fn is {fn!r}; it must be a function of a key")
+    if not isinstance(args, tuple):
+        raise ValueError(f"args is a {type(args).__name__}; it must be a tuple: (value,) for one argument")
+    if isinstance(reduction, type) or not isinstance(reduction, Reduction):
+        raise ValueError(f"reduction is {reduction!r}; it must be Moments(), Histogram(...), Samples() or a Reduction")
 
 
-@functools.lru_cache(maxsize=32)
 def _compiled_step(fn: Callable[..., Any], reduction: Reduction, share: int, devices: tuple) -> Callable[..., Any]:
+    """`_make_step`, kept for the next call with the same function, if that can be told."""
+    try:
+        return _kept_step(fn, reduction, share, devices)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        return _make_step(fn, reduction, share, devices)
+
+
+def _make_step(fn: Callable[..., Any], reduction: Reduction, share: int, devices: tuple) -> Callable[..., Any]:
     """jit of (key, first index, num, args) -> the parts of one chunk, stacked over devices on the first axis."""
     mesh = Mesh(np.array(devices), ("data",))
 
@@ -127,6 +151,9 @@ def _compiled_step(fn: Callable[..., Any], reduction: Reduction, share: int, dev
     everywhere, split = PartitionSpec(), PartitionSpec("data")
     # The parts of a padded last chunk differ between devices in ways that its checker cannot follow.
     return jax.jit(jax.shard_map(part, mesh=mesh, in_specs=(everywhere,) * 4, out_specs=split, check_vma=False))
+
+
+_kept_step = functools.lru_cache(maxsize=32)(_make_step)
 
 
 def _structure_of_parts(fn: Callable[..., Any], reduction: Reduction, key: Key[Array, ""], args: tuple) -> Any:
@@ -143,15 +170,28 @@ def _structure_of_parts(fn: Callable[..., Any], reduction: Reduction, key: Key[A
     return jax.tree.structure(jax.eval_shape(reduction.partial, batch, jax.ShapeDtypeStruct((1,), jnp.bool_)))
 
 
-def _fingerprint(key: Key[Array, ""], fn: Callable[..., Any], num: int, args: tuple, reduction: Reduction) -> str:
-    """Digest of all that determines the result: the traced program with its constants, the arguments and the key."""
+def _fingerprint(key: Key[Array, ""], fn: Callable[..., Any], args: tuple, reduction: Reduction) -> str:
+    """Digest of what determines the result: the traced program with its constants, the arguments and the key.
+
+    What a host callback computes cannot be seen here.
+    """
     program = jax.make_jaxpr(fn)(key, *args)
-    text = re.sub(r" at 0x[0-9a-f]+", "", f"{program.jaxpr} {reduction!r} {num} {jax.tree.structure(args)}")
+    text = re.sub(r" at 0x[0-9a-f]+", "", f"{program.jaxpr} {reduction!r} {jax.tree.structure(args)}")
     digest = hashlib.sha256(text.encode())
-    for leaf in (jax.random.key_data(key), *program.consts, *jax.tree.leaves(args)):
+    for leaf in (jax.random.key_data(key), *_constants(program), *jax.tree.leaves(args)):
         leaf = jax.random.key_data(leaf) if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key) else leaf
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
+
+
+def _constants(program: Any) -> Iterator[Any]:
+    """Constants of a traced program and of the programs inside it."""
+    yield from getattr(program, "consts", ())
+    for equation in getattr(program, "jaxpr", program).eqns:
+        yield from (variable.val for variable in equation.invars if hasattr(variable, "val"))
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(value, "eqns"):
+                yield from _constants(value)
 
 
 class _Checkpoint:
@@ -176,13 +216,13 @@ class _Checkpoint:
             raise ValueError(f"checkpoint {str(self.path)!r} cannot be read: {error}") from None
         if metadata.get("rollout") != self.fingerprint or len(leaves) != structure.num_leaves:
             raise ValueError(
-                f"checkpoint {str(self.path)!r} belongs to another rollout (key, fn, num, args or reduction differ); "
+                f"checkpoint {str(self.path)!r} belongs to another rollout (key, fn, args or reduction differ); "
                 "remove it or name another file"
             )
         return int(metadata["done"]), jax.tree.unflatten(structure, leaves)
 
     def save(self, done: int, total: Any, at_once: bool) -> None:
-        """Write the sums now, or when a minute has passed since they last were."""
+        """Write the sums now, or when ten seconds have passed since they last were."""
         if not at_once and time.monotonic() - self.saved_at < _SAVE_EVERY_S:
             return
         leaves = dict(_named_leaf(i, np.asarray(leaf, order="C")) for i, leaf in enumerate(jax.tree.leaves(total)))

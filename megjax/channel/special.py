@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
+from megjax.channel.numerics import polynomial
 from megjax.channel.parameters import check
 
 _EULER_GAMMA = np.float32(0.5772156649015329)
@@ -76,8 +77,8 @@ def bessel_j0(x: ArrayLike) -> Float[Array, "*s"]:
         for i, node in enumerate(nodes)
     ) / np.float32(_BESSEL_NODES // 2)
     inverse = 1 / outside
-    even = _polynomial(inverse * inverse, tuple((-1) ** i * c for i, c in enumerate(_HANKEL[::2]))[::-1])
-    odd = inverse * _polynomial(inverse * inverse, tuple((-1) ** i * c for i, c in enumerate(_HANKEL[1::2]))[::-1])
+    even = polynomial(inverse * inverse, tuple((-1) ** i * c for i, c in enumerate(_HANKEL[::2]))[::-1])
+    odd = inverse * polynomial(inverse * inverse, tuple((-1) ** i * c for i, c in enumerate(_HANKEL[1::2]))[::-1])
     # cos(x - pi/4) and sin(x - pi/4) by addition theorems: rounding x - pi/4 would cost accuracy at large x.
     cosine, sine = jnp.cos(outside), jnp.sin(outside)
     expansion = jnp.sqrt(inverse * np.float32(1 / np.pi)) * (even * (cosine + sine) + odd * (sine - cosine))
@@ -103,7 +104,7 @@ def rice_cdf(a: ArrayLike, b: ArrayLike) -> Float[Array, "*s"]:
 
 def _exp1_series(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """E1(x) for 0 < x <= 1."""
-    return x * _polynomial(x, _EXP1_SERIES) - _EULER_GAMMA - jnp.log(x)
+    return x * polynomial(x, _EXP1_SERIES) - _EULER_GAMMA - jnp.log(x)
 
 
 def _exp1_fraction(s: Float[Array, "*s"]) -> Float[Array, "*s"]:
@@ -119,14 +120,6 @@ def _exp1_fraction(s: Float[Array, "*s"]) -> Float[Array, "*s"]:
     # A loop, not unrolled: the reverse derivative of the unrolled fraction takes XLA seconds to compile.
     denominator = jax.lax.fori_loop(0, _EXP1_DEPTH, level, 1 + np.float32(2 * _EXP1_DEPTH + 1) * s)
     return 1 / denominator
-
-
-def _polynomial(x: Float[Array, "*s"], coefficients: tuple[float, ...]) -> Float[Array, "*s"]:
-    """Horner's rule, highest power first."""
-    result = jnp.full_like(x, coefficients[0])
-    for coefficient in coefficients[1:]:
-        result = result * x + np.float32(coefficient)
-    return result
 
 
 def _rice_arguments(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:

@@ -62,7 +62,7 @@ class TDL:
     num_paths: int = static(16)
 
     def __post_init__(self):
-        if self.profile not in PROFILES:
+        if self.profile not in tuple(PROFILES):
             raise ValueError(f"profile is {self.profile!r}; it must be one of {', '.join(PROFILES)}")
         check("delay_spread_s", self.delay_spread_s, "0 or more seconds", lambda value: value >= 0)
         check("doppler_hz", self.doppler_hz, "0 Hz or more", lambda value: value >= 0)

@@ -1,6 +1,7 @@
 """Closed forms of fading channels: bit error rates, capacity, outage, LMMSE error, level crossings, gain distributions.
 
-Everything is elementwise float32 and differentiable; array arguments broadcast. `snr` is the linear mean
+Everything is elementwise float32 and differentiable, but for bit error rates at snr = 0, where their slope is infinite
+and gradients mean nothing; array arguments broadcast. `snr` is the linear mean
 signal-to-noise ratio per symbol, p E|h|^2 / noise_var; g = |h|^2 has mean 1. Invalid arguments raise ValueError outside
 jit. Integrals without a closed form are trapezoidal rules after a logarithmic change of variable, which converge
 geometrically whatever the scale. Stated errors are relative, against float64 references, from -30 to +60 dB.
@@ -64,7 +65,7 @@ _TAIL = 17.0
 def ber_awgn(snr: ArrayLike, modulation: str) -> Values:
     """Exact bit error rate of a Gray-labelled modulation on AWGN, hard decisions; error under 3e-5 down to 1e-30.
 
-    The gradient is infinite at snr = 0. K. Cho and D. Yoon, "On the general BER expression of one- and two-dimensional
+    K. Cho and D. Yoon, "On the general BER expression of one- and two-dimensional
     amplitude modulations", IEEE Trans. Commun. 50, 2002.
     """
     snr = _non_negative("snr", snr)

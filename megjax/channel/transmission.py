@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
 from megjax.channel.numerics import safe_sqrt, squared_magnitude
-from megjax.channel.parameters import check
+from megjax.channel.parameters import check, check_noise_var
 from megjax.channel.random import complex_normal
 
 
@@ -24,8 +24,11 @@ def transmit(
 ) -> Complex[Array, "t k"]:
     """Received symbols y_t = sqrt(p_t) h_t s_t + n_t, n_t ~ CN(0, noise_var), complex64 [t k].
 
-    Raises ValueError, outside jit, for a power or a noise variance that is negative or not finite.
+    Raises ValueError for other shapes and, outside jit, for a power or a noise variance that is negative or not finite.
     """
+    if symbols.ndim != 2 or gains.shape != symbols.shape[:1] or power.shape != gains.shape:
+        shapes = f"symbols {symbols.shape}, gains {gains.shape}, power {power.shape}"
+        raise ValueError(f"shapes are {shapes}; they must be [t k], [t] and [t]")
     check("power", power, "finite and 0 or more", lambda p: p >= 0)
     check("noise_var", noise_var, "finite and 0 or more", lambda var: var >= 0)
     noise = complex_normal(key, symbols.shape)
@@ -44,7 +47,7 @@ def equalize_lmmse(
     gamma_t / (1 + gamma_t), gamma_t as in `post_equalisation_snr`: hard decisions on QAM take `equalize_zf` instead.
     Raises ValueError, outside jit, unless noise_var > 0.
     """
-    _check_noise_var(noise_var)
+    check_noise_var(noise_var)
     weight = safe_sqrt(power) * jnp.conj(gains) / (power * squared_magnitude(gains) + noise_var)
     return weight[:, None] * received
 
@@ -66,7 +69,7 @@ def post_equalisation_snr(
     gains: Complex[Array, " t"], power: Float[Array, " t"], noise_var: Float[ArrayLike, ""] | Float[Array, " t"]
 ) -> Float[Array, " t"]:
     """gamma_t = p_t |h_t|^2 / noise_var, the linear signal-to-noise ratio of each block; needs noise_var > 0."""
-    _check_noise_var(noise_var)
+    check_noise_var(noise_var)
     return power * squared_magnitude(gains) / noise_var
 
 
@@ -84,7 +87,3 @@ def zf_error_var(
     snr = post_equalisation_snr(gains, power, noise_var)
     usable = snr > 0
     return jnp.where(usable, 1 / jnp.where(usable, snr, 1.0), 1.0)
-
-
-def _check_noise_var(noise_var: ArrayLike) -> None:
-    check("noise_var", noise_var, "finite and more than 0", lambda var: var > 0)

@@ -47,9 +47,15 @@ def test_gradients_are_models_whatever_their_sign():
     assert float(gradient.m) == -10.0
 
 
+def test_integers_and_lists_become_floats():
+    assert float(jax.grad(lambda model: jnp.sum(model.values()))(Model(3)).m) == 2.0
+    np.testing.assert_array_equal(jax.vmap(Model.values)(Model([1, 2])), [[1, 1], [2, 2]])
+    assert Model(np.array([1, 2])).m.dtype == jnp.float32
+
+
 def test_tracers_pass_and_values_are_checked():
     assert float(jax.jit(lambda m: Model(m).values()[0])(0.1)) == pytest.approx(0.1)
-    for bad in (0.4, np.nan, np.inf, [1.0, 0.2], jnp.array(0.3), "one", None):
+    for bad in (0.4, np.nan, np.inf, [1.0, 0.2], jnp.array(0.3), "one", "3", None, True, 3 + 4j, np.array(3 + 4j)):
         with pytest.raises(ValueError, match="^m is .*; it must be 0.5 or more$"):
             Model(bad)
 
@@ -84,5 +90,5 @@ def test_leaves_are_broadcast_so_that_vmap_finds_its_axis():
 
 
 def test_what_is_no_channel_model_keeps_its_shape():
-    table = [np.arange(5)]
+    table = {"taps": np.arange(5)}
     assert Outer(table, jnp.ones(2)).inner is table

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from megjax.channel.fading import RayleighFading
 from megjax.channel.parameters import channel_model
@@ -131,6 +132,50 @@ def test_a_reduction_of_ones_own():
     assert outage == pytest.approx(np.abs(draw(100, 33)[:, 0]).max())
 
 
+def test_interrupted_while_the_bar_moves(tmp_path, monkeypatch):
+    class Bar(tqdm):
+        updates = 0
+
+        def update(self, n=1):
+            Bar.updates += 1
+            if Bar.updates == 2:
+                raise KeyboardInterrupt
+            return super().update(n)
+
+    path = tmp_path / "sums.safetensors"
+    run = dict(key=jax.random.key(KEY), fn=summary, num=40, chunk=8)
+    monkeypatch.setattr(sys.modules["megjax.channel.rollout"], "tqdm", Bar)
+    with pytest.raises(KeyboardInterrupt):
+        rollout(**run, checkpoint=path)
+    resumed, whole = rollout(**run, checkpoint=path), rollout(**run)
+    assert resumed.count == 40
+    np.testing.assert_array_equal(resumed.mean["gain"], whole.mean["gain"])
+
+
+@pytest.mark.parametrize("make", [np.array, jnp.array])
+def test_a_checkpoint_knows_the_constants_of_jitted_functions(tmp_path, make):
+    def run(values):
+        table = make(values)
+        inner = jax.jit(lambda key: table * jnp.abs(gains(key)))
+        return rollout(jax.random.key(KEY), lambda key: inner(key) + 1, 10, checkpoint=tmp_path / "sums.safetensors")
+
+    first = run([1.0, 2.0, 3.0])
+    np.testing.assert_array_equal(run([1.0, 2.0, 3.0]).mean, first.mean)
+    with pytest.raises(ValueError, match="belongs to another rollout"):
+        run([1.0, 2.0, 4.0])
+
+
+def test_functions_without_a_hash():
+    class Callable:
+        __hash__ = None
+
+        def __call__(self, key):
+            return gains(key)
+
+    drawn = rollout(jax.random.key(KEY), Callable(), 5, 2, reduction=Samples())
+    np.testing.assert_allclose(drawn, draw(5, 2), rtol=1e-6)
+
+
 class Interrupting(Moments):
     """Raises KeyboardInterrupt at the given merge, as Ctrl-C would."""
 
@@ -161,6 +206,18 @@ def test_interrupted_and_resumed_is_bit_equal(tmp_path):
     np.testing.assert_array_equal(again.mean["gain"], whole.mean["gain"])
 
 
+def rollout_afresh(num, factor):
+    return rollout(jax.random.key(KEY), lambda key: jnp.abs(gains(key)) * factor + 1.0, num).mean
+
+
+def test_not_inside_a_transformation():
+    def mean(scale):
+        return rollout(jax.random.key(0), lambda key, s: s * jnp.abs(gains(key)), 5, args=(scale,)).mean
+
+    with pytest.raises(ValueError, match="outside jit, vmap and grad"):
+        jax.vmap(mean)(jnp.ones(2))
+
+
 def test_a_checkpoint_of_another_rollout_is_refused(tmp_path):
     path = tmp_path / "sums.safetensors"
     scale = jnp.array([1.0, 2.0, 3.0])
@@ -173,9 +230,12 @@ def test_a_checkpoint_of_another_rollout_is_refused(tmp_path):
 
     first = run()
     np.testing.assert_array_equal(run().mean, first.mean)
-    for other in (dict(seed=12), dict(factor=2 * scale), dict(num=11), dict(args=(2.0,)), dict(reduction=Samples())):
+    for other in (dict(seed=12), dict(factor=2 * scale), dict(args=(2.0,)), dict(reduction=Samples())):
         with pytest.raises(ValueError, match="belongs to another rollout"):
             run(**other)
+    with pytest.raises(ValueError, match="num is 9; checkpoint .* already holds 10 realisations"):
+        run(num=9)
+    np.testing.assert_allclose(run(num=25).mean, rollout_afresh(25, scale), rtol=1e-6)
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="cannot be read"):
         run()
@@ -190,6 +250,8 @@ def test_a_checkpoint_of_another_rollout_is_refused(tmp_path):
         (dict(chunk=0), "chunk is 0"),
         (dict(fn=lambda key: None), "fn returns nothing"),
         (dict(fn=lambda key: "gain"), "fn must return an array"),
+        (dict(devices=[]), "devices is empty"),
+        (dict(reduction=Moments), "reduction is .*; it must be Moments"),
         (dict(checkpoint="sums.npz"), "must end in .safetensors"),
         (dict(checkpoint="no/such/folder/sums.safetensors"), "folder does not exist"),
         (dict(reduction=Histogram(0.0, 1.0)), "complex leaf has no histogram"),
