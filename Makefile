@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 
-.PHONY: install peers demo channel benchmark quality test test-slow lint format clean
+.PHONY: install peers demo channel codec benchmark quality test test-slow lint format clean
 
 # Everything: the library, what tests and linting need, and the tools of the README.
 install: .venv/test.stamp
@@ -36,6 +36,15 @@ demo: .venv/run.stamp
 # Fading traces, and bit error rates of every modulation on their closed forms.
 channel: .venv/run.stamp
 	$(BIN)/python -m eval.rollouts
+
+# The seed codec next to its rivals and its limit, and its tables in docs/; trains the learned receiver for the raw latent.
+codec: .venv/run.stamp
+	$(BIN)/python -m train.codec --variant denoiser --steps 5000
+	$(BIN)/python -m eval.codec
+	cp outputs/codec/docs_table.md docs/codec-results.md
+	cp outputs/codec/psnr.png docs/codec-psnr.png
+	cp outputs/codec/nmse.png docs/codec-nmse.png
+	cp outputs/codec/additive.png docs/codec-additive.png
 
 # Speed of the channel simulator on this machine; `make peers` first to see other software beside it.
 benchmark: .venv/run.stamp

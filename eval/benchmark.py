@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.measure import ROOT, environment
-from eval.stages import channel
+from eval.stages import channel, codec
 from megjax.configs import read_json, require, require_positive_integers, write_json, write_text
 from megjax.runtime import command
 
@@ -23,6 +23,10 @@ includes tracing and compilation. Bytes written are those of the output, and `co
 reaches in the same run. Peers do the same job on the same law, but for TDL: Sionna draws the angles of arrival of each
 tap anew and its paths have constant modulus, where megjax and the NumPy loop share the angles of a realisation among
 its taps and draw Gaussian paths. Sionna has no flat Jakes fading. TDL and Gaussian numbers run at the smallest batch.
+
+Stage `codec` trains the seed codec on random latents: the same network, random links, loss, AdamW with clipping and
+schedule, and parameter average in PyTorch as in megjax. Compilation is the first call less a median one. On a GPU all
+of them multiply in TF32.
 """
 
 
@@ -30,10 +34,14 @@ its taps and draw Gaussian paths. Sionna has no flat Jakes fading. TDL and Gauss
 class Arguments:
     """What to measure and where the results go."""
 
-    stage: tyro.conf.Positional[Literal["channel", "tables"]]
-    """"channel", or "tables", which rewrites docs/benchmarks.md from the files under --folder."""
+    stage: tyro.conf.Positional[Literal["channel", "codec", "tables"]]
+    """"channel", "codec" (training of the seed codec), or "tables": docs/benchmarks.md from the files under --folder."""
     batches: tuple[int, ...] = (4_096, 65_536)
-    """Realisations at a time; TDL and the ways to draw Gaussian numbers run at the smallest only."""
+    """Realisations at a time; TDL and the ways to draw Gaussian numbers run at the smallest only (stage channel)."""
+    preset: Literal["scenes", "tiny"] = "scenes"
+    """Codec to train (stage codec)."""
+    steps: int = 100
+    """Training steps of one call (stage codec)."""
     rounds: int = 9
     """Samples of each contender."""
     peers: bool = True
@@ -44,7 +52,7 @@ class Arguments:
 
 def run(args: Arguments) -> None:
     """Measure, print, save; ValueError on bad arguments, before any work."""
-    require_positive_integers(args, "arguments", ("batches", "rounds"))
+    require_positive_integers(args, "arguments", ("batches", "rounds", "steps"))
     require(args.rounds >= 3, "--rounds", args.rounds, "3 or more")
     if args.stage == "tables":
         write_tables(args.folder, ROOT / "docs" / "benchmarks.md")
@@ -54,8 +62,11 @@ def run(args: Arguments) -> None:
     except OSError as error:
         raise ValueError(f"--folder {str(args.folder)!r} cannot be made: {error.strerror}") from None
     about = environment()
-    rows, missing = channel.run(args.batches, args.rounds, args.peers)
-    result = {**about, "stage": args.stage, "rows": rows, "missing_peers": missing}
+    if args.stage == "channel":
+        (rows, missing), notes = channel.run(args.batches, args.rounds, args.peers), []
+    else:
+        rows, missing, notes = codec.run(args.preset, args.steps, args.rounds, args.peers)
+    result = {**about, "stage": args.stage, "rows": rows, "missing_peers": missing, "notes": notes}
     path = args.folder / f"{args.stage}-{slug(about['device'])}.json"
     write_json(path, result)
     show(result)
@@ -80,21 +91,25 @@ def cells(row) -> list[str]:
 
 
 COLUMNS = ["implementation", "thousand realisations/s", "first call (s)", "GB/s written", "of copy"]
+LAYOUTS = {"channel": (COLUMNS, cells), "codec": (codec.COLUMNS, codec.cells)}
 
 
 def show(result: dict) -> None:
     """Print one table per case and batch."""
     console = Console()
+    columns, line = LAYOUTS[result["stage"]]
     frame = pd.DataFrame(result["rows"])
     for (case, batch), group in frame.groupby(["case", "batch"], sort=False):
         table = Table(title=f"{case}; batch {batch:,}", title_justify="left")
-        for column in COLUMNS:
-            table.add_column(column, no_wrap=column == COLUMNS[0])
+        for column in columns:
+            table.add_column(column, no_wrap=column == columns[0])
         for row in group.itertuples():
-            table.add_row(*cells(row))
+            table.add_row(*line(row))
         console.print(table)
     for name in result["missing_peers"]:
         console.print(f"{name}: not installed; `make peers` installs it")
+    for note in result["notes"]:
+        console.print(note)
 
 
 def write_tables(folder: Path, path: Path) -> None:
@@ -104,14 +119,16 @@ def write_tables(folder: Path, path: Path) -> None:
     parts = [HEADER]
     for file in files:
         result = read_json(file)
+        columns, line = LAYOUTS[result["stage"]]
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         parts.append(f"## {result['stage']}: {result['device']}, {result['cpu_cores']} cores\n")
         parts.append(f"Commit {result['commit']}, Python {result['python']}, {versions}.\n")
         for (case, batch), group in pd.DataFrame(result["rows"]).groupby(["case", "batch"], sort=False):
-            lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
-            lines += ["| " + " | ".join(cells(row)) + " |" for row in group.itertuples()]
+            lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
+            lines += ["| " + " | ".join(line(row)) + " |" for row in group.itertuples()]
             parts.append(f"**{case}; batch {batch:,}**\n\n" + "\n".join(lines) + "\n")
         parts += [f"{name}: not installed where this was measured.\n" for name in result["missing_peers"]]
+        parts += [f"{note}\n" for note in result.get("notes", [])]
     write_text(path, "\n".join(parts))
     print(f"written: {path}")
 

@@ -1,4 +1,4 @@
-"""Generate images from prompts at the server and receive them over Rayleigh fading, by two schemes at several SNRs."""
+"""Generate images from prompts at the server and receive them over Rayleigh fading, by several schemes and SNRs."""
 
 import dataclasses
 import itertools
@@ -13,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import tyro
+from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
 from megjax.channel import RayleighFading
+from megjax.codec import SeedCodec
+from megjax.codec.link import check_symbols
 from megjax.configs import require, write_json
 from megjax.data import scenes
 from megjax.diffusion.layout import locate
@@ -24,7 +27,7 @@ from megjax.diffusion.pipeline import StableDiffusion
 from megjax.metrics import SceneNet, psnr, ssim
 from megjax.metrics.scenenet import caption_accuracy, predict
 from megjax.runtime import check_seed, command
-from megjax.system import NUM_BLOCKS, SCHEMES, SourceStatistics, num_symbols, send_image, send_latent
+from megjax.system import NUM_BLOCKS, SCHEMES, SourceStatistics, num_symbols, send_image, send_latent, send_seed
 from megjax.units import check_snr_db
 
 
@@ -44,6 +47,10 @@ class Arguments:
     """Denoising steps."""
     guidance: float = 3.0
     """Classifier-free guidance scale; 1 turns it off."""
+    codec: str | None = None
+    """Codec of the seed: "scenes" (bundled) or a folder that train.codec wrote; default: the model's, if it has one."""
+    rate: float = 4.0
+    """Compression ratio r of the seed, which has 1 / r of the latent's symbols."""
     seed: int = 0
     """Seed of the images and of the channel."""
     output: Path = Path("outputs/demo")
@@ -61,21 +68,44 @@ def prepare_output(folder: Path) -> None:
         raise ValueError(f"output folder {str(folder)!r} cannot be written: {error.strerror}") from None
 
 
-def receive(pipe: StableDiffusion, statistics: SourceStatistics, key, latents, snr_db: np.ndarray) -> dict:
+def find_codec(args: Arguments, folder: Path, latent_shape: tuple[int, ...]) -> SeedCodec | None:
+    """The codec asked for, or the one beside the model; None if the model has none. ValueError if it does not fit."""
+    if args.codec is None and not (folder / "codec").is_dir():
+        return None
+    codec = SeedCodec.from_pretrained(args.codec or folder / "codec")
+    fits = codec.latent_shape == latent_shape
+    require(fits, "--codec", args.codec, f"one for latents of shape {latent_shape}, not {codec.latent_shape}")
+    check_symbols(codec.num_symbols(args.rate), codec.config.num_values, NUM_BLOCKS)
+    return codec
+
+
+def receive(
+    pipe: StableDiffusion, statistics: SourceStatistics, codec: SeedCodec | None, symbols: dict, key, latents, snr_db
+) -> dict:
     """Images on the device by scheme, [s b H W 3]; image i sees the same gains under every scheme and SNR."""
     fading = RayleighFading()
     images = pipe.decode(latents)
+    state = None if codec is None else codec.state
 
-    def link(i, latent, image, snr):
+    def link(state, i, latent, image, snr):
         image_key = jax.random.fold_in(key, i)
-        by_latent = send_latent(image_key, latent, statistics, fading, snr)
-        return by_latent, send_image(jax.random.clone(image_key), image, statistics, fading, snr)
+        sent = {
+            "latent": send_latent(image_key, latent, statistics, fading, snr),
+            "centralized": send_image(jax.random.clone(image_key), image, statistics, fading, snr),
+        }
+        if codec is not None:
+            network, count = nnx.merge(codec.graph, state), symbols["seed"]
+            sent["seed"] = send_seed(jax.random.clone(image_key), latent, network, fading, snr, count)
+        return sent
 
-    over_images = jax.vmap(link, (0, 0, 0, None))
-    over_snrs = jax.jit(jax.vmap(over_images, (None, None, None, 0)))
-    sent = over_snrs(jnp.arange(len(latents)), latents, images, jnp.asarray(snr_db, jnp.float32))
-    decoded = pipe.decode(sent[0].reshape(-1, *latents.shape[1:]))
-    return {"centralized": sent[1], "latent": decoded.reshape(len(snr_db), *images.shape)}
+    over_images = jax.vmap(link, (None, 0, 0, 0, None))
+    over_snrs = jax.jit(jax.vmap(over_images, (None, None, None, None, 0)))
+    sent = over_snrs(state, jnp.arange(len(latents)), latents, images, jnp.asarray(snr_db, jnp.float32))
+
+    def decode(received):
+        return pipe.decode(received.reshape(-1, *latents.shape[1:])).reshape(len(snr_db), *images.shape)
+
+    return {name: sent[name] if name == "centralized" else decode(sent[name]) for name in SCHEMES if name in sent}
 
 
 def accuracies(model: SceneNet | None, prompts: tuple[str, ...], images) -> np.ndarray:
@@ -133,7 +163,7 @@ def draw(path: Path, prompts, snr_db, reference, received: dict, symbols: dict) 
 def show(rows: list[dict], folder: Path) -> None:
     """Print the mean over prompts of each scheme and SNR, and where the files are."""
     frame = pd.DataFrame(rows).astype({"caption_accuracy": float})
-    title = f"means over {frame.prompt.nunique()} prompts, one channel realisation each"
+    title = f"means over {frame.prompt.nunique()} prompts, one channel realisation each, equal power per symbol"
     table = Table("scheme", "symbols", "SNR (dB)", "PSNR (dB)", "SSIM", "caption accuracy", title=title)
     means = frame.groupby(["scheme", "num_symbols", "snr_db"], sort=False).mean(numeric_only=True).reset_index()
     for row in means.itertuples():
@@ -157,7 +187,9 @@ def run(args: Arguments) -> list[dict]:
     prepare_output(args.output)
     pipe = StableDiffusion.from_pretrained(folder)
     pipe.sampler(args.sampler, args.steps)
-    symbols = {scheme: num_symbols(scheme, (*pipe.image_size, 3), pipe.latent_shape()) for scheme in SCHEMES}
+    codec = find_codec(args, folder, pipe.latent_shape())
+    schemes = [scheme for scheme in SCHEMES if scheme != "seed" or codec is not None]
+    symbols = {name: num_symbols(name, (*pipe.image_size, 3), pipe.latent_shape(), args.rate) for name in schemes}
     fills = min(symbols.values()) >= NUM_BLOCKS
     require(fills, "--model", args.model, f"a model whose latent fills {NUM_BLOCKS} fading blocks, not {symbols}")
     statistics = SourceStatistics.load(folder, pipe.configs.vae.latent_channels)
@@ -171,7 +203,7 @@ def run(args: Arguments) -> list[dict]:
     )
     reference = pipe.decode(latents).block_until_ready()
     print(f"{len(args.prompts)} images generated in {time.perf_counter() - started:.1f} s, compilation included")
-    received = receive(pipe, statistics, channel_key, latents, snr_db)
+    received = receive(pipe, statistics, codec, symbols, channel_key, latents, snr_db)
     rows = score(scenenet, args.prompts, snr_db, reference, received, symbols)
     write_json(args.output / "metrics.json", rows)
     draw(args.output / "grid.png", args.prompts, snr_db, reference, received, symbols)

@@ -7,8 +7,9 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "StableDiffusion": "megjax.diffusion.pipeline",
     "FlaxStableDiffusion": "megjax.diffusion.pipeline",
+    "SeedCodec": "megjax.codec.seed",
 }
-_MODULES = ("channel", "configs", "data", "diffusion", "ldm", "metrics", "system", "training", "units")
+_MODULES = ("channel", "codec", "configs", "data", "diffusion", "ldm", "metrics", "system", "training", "units")
 
 
 def __getattr__(name: str):

@@ -1,4 +1,4 @@
-"""Schemes that bring an image from the edge server to the device over a fading link, without a codec."""
+"""Schemes that bring an image from the edge server to the device over a fading link."""
 
 import dataclasses
 import warnings
@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Key
 
 from megjax.channel import Fading, equalize_lmmse, pack, transmit, unpack
+from megjax.codec import SeedNetwork, link
 from megjax.configs import from_mapping, read_json, require, write_json
 from megjax.units import noise_var_from_snr_db
 
-SCHEMES = ("centralized", "latent")
+SCHEMES = ("centralized", "latent", "seed")
 NUM_BLOCKS = 16
 """Fading blocks per image, T, unless said otherwise."""
 STATISTICS_NAME = "source_statistics.json"
@@ -56,9 +57,15 @@ class SourceStatistics:
         write_json(Path(folder) / STATISTICS_NAME, dataclasses.asdict(self))
 
 
-def num_symbols(scheme: str, image_shape: tuple[int, ...], latent_shape: tuple[int, ...]) -> int:
-    """Complex channel uses K of one image: 3HW/2 for analog pixels (`centralized`), hwc/2 for the raw `latent`."""
+def num_symbols(scheme: str, image_shape: tuple[int, ...], latent_shape: tuple[int, ...], rate: float = 4.0) -> int:
+    """Complex channel uses K of one image.
+
+    3HW/2 for analog pixels (`centralized`), hwc/2 for the raw `latent`, hwc/(2r) for the `seed` at compression ratio
+    `rate`. ValueError for another scheme or a rate that gives no symbol.
+    """
     require(scheme in SCHEMES, "scheme", scheme, f"one of {SCHEMES}")
+    if scheme == "seed":
+        return link.symbols_at_rate(rate, int(np.prod(latent_shape)))
     return -(-int(np.prod(image_shape if scheme == "centralized" else latent_shape)) // 2)
 
 
@@ -112,3 +119,27 @@ def send_latent(
     """Scheme `latent`: the server sends the raw latent, which the device is left to decode."""
     mean, std = np.array(statistics.latent_mean), np.array(statistics.latent_std)
     return send_values(key, latent, mean, std, fading, snr_db, num_blocks)
+
+
+def send_seed(
+    key: Key[Array, ""],
+    latent: Float[Array, "h w c"],
+    network: SeedNetwork,
+    fading: Fading,
+    snr_db: Float[ArrayLike, ""],
+    num_symbols: int,
+    num_blocks: int = NUM_BLOCKS,
+    mapping: str = "ordered",
+) -> Float[Array, "h w c"]:
+    """Scheme `seed`: the server sends the first K symbols of the codec's code, at mean power P = 1, loaded as it asks.
+
+    One realisation; `key` gives the same gains as in `send_values`. ValueError for a bad number of symbols or mapping.
+    """
+    fading_key, noise_key = jax.random.split(key)
+    values = network.encode(latent[None], snr_db, num_symbols)[0]
+    spending = link.spending(network.spend(snr_db, num_symbols), num_symbols, num_blocks, mapping)
+    gains = fading.sample(fading_key, num_blocks)
+    noise_var = noise_var_from_snr_db(snr_db)
+    received = link.send_code(noise_key, values, spending, gains, spending.load, noise_var, num_symbols, mapping)
+    levels = (jnp.full(1, snr_db, jnp.float32), jnp.full(1, num_symbols))
+    return network.decode(received.estimate[None], received.snr[None], *levels)[0]

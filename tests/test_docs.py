@@ -1,4 +1,4 @@
-"""Runs the Python snippets of the channel documentation, rollouts cut short."""
+"""Runs the Python snippets of the documentation that need no other model, rollouts cut short."""
 
 import re
 from pathlib import Path
@@ -9,20 +9,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SNIPPETS = [
     (name, block)
-    for name in ("README.md", "docs/channel.md")
+    for name in ("README.md", "docs/channel.md", "docs/codec.md")
     for block in re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     if "channel" in block
 ]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/channel.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/channel.md", "docs/codec.md"])
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
     assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
 
 
 def test_there_are_snippets():
-    assert [name for name, _ in SNIPPETS] == ["README.md", *["docs/channel.md"] * 3]
+    assert [name for name, _ in SNIPPETS] == ["README.md", *["docs/channel.md"] * 3, "docs/codec.md"]
 
 
 @pytest.mark.parametrize("block", [block for _, block in SNIPPETS], ids=[name for name, _ in SNIPPETS])
@@ -38,3 +38,6 @@ def test_snippet(block):
         assert names["gains"].shape == (16,)
     if "drop" in names:
         assert names["drop"].snr_db.shape == (1000,)
+    if "decoded" in names:
+        error = np.square(names["decoded"] - names["latents"]).sum() / np.square(names["latents"]).sum()
+        assert error < 0.5 and np.isclose(np.mean(names["weights"]), 1.0, atol=1e-5)

@@ -18,6 +18,7 @@ from megjax.channel.csi import (
 )
 from megjax.channel.fading import Fading, NakagamiFading, NoFading, RayleighFading, RicianFading, ShadowedFading
 from megjax.channel.large_scale import Cell, Drop, los_probability, noise_power_dbm, path_loss_db, shadowing_std_db
+from megjax.channel.loading import mean_lmmse_error_awgn, static_load
 from megjax.channel.mimo import MIMOFading
 from megjax.channel.modulation import MODULATIONS, bits_per_symbol, constellation, demodulate, modulate
 from megjax.channel.ofdm import OFDM
@@ -73,6 +74,7 @@ __all__ = [
     "estimation_error_var",
     "lmmse_error_var",
     "los_probability",
+    "mean_lmmse_error_awgn",
     "mimo",
     "modulate",
     "noise_power_dbm",
@@ -83,6 +85,7 @@ __all__ = [
     "radiated_energy",
     "rollout",
     "shadowing_std_db",
+    "static_load",
     "symbols_per_block",
     "theory",
     "transmit",
