@@ -37,7 +37,7 @@ class Arguments:
     stage: tyro.conf.Positional[Literal["channel", "codec", "tables"]]
     """"channel", "codec" (training of the seed codec), or "tables": docs/benchmarks.md from the files under --folder."""
     batches: tuple[int, ...] = (4_096, 65_536)
-    """Realisations at a time; TDL and the ways to draw Gaussian numbers run at the smallest only (stage channel)."""
+    """Realisations at a time; TDL and the ways to draw Gaussian numbers run at the smallest only."""
     preset: Literal["scenes", "tiny"] = "scenes"
     """Codec to train (stage codec)."""
     steps: int = 100

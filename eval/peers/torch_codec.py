@@ -1,4 +1,4 @@
-"""Training of the seed codec in PyTorch, as a careful user writes it: whole batches, fused AdamW, no needless waits."""
+"""Training of the seed codec in PyTorch, as a careful user writes it: whole batches, fused AdamW, no waiting."""
 
 import math
 from collections.abc import Callable
