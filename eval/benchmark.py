@@ -35,7 +35,7 @@ class Arguments:
     """What to measure and where the results go."""
 
     stage: tyro.conf.Positional[Literal["channel", "codec", "tables"]]
-    """"channel", "codec" (training of the seed codec), or "tables": docs/benchmarks.md from the files under --folder."""
+    """"channel", "codec" (training of the seed codec), or "tables": docs/benchmarks.md from files under --folder."""
     batches: tuple[int, ...] = (4_096, 65_536)
     """Realisations at a time; TDL and the ways to draw Gaussian numbers run at the smallest only."""
     preset: Literal["scenes", "tiny"] = "scenes"
