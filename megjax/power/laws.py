@@ -1,0 +1,148 @@
+"""Laws of a block's power gain g = |h|^2 as quadrature nodes, and the loads that are best when only the law is known."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import i0e
+from jaxtyping import Array, ArrayLike, Float
+
+from megjax.channel import (
+    Fading,
+    GaussMarkovFading,
+    JakesFading,
+    NakagamiFading,
+    NoFading,
+    RayleighFading,
+    RicianFading,
+)
+from megjax.channel.numerics import squared_magnitude
+
+NUM_NODES = 192
+_LOG_RANGE = -20.0, 3.7
+"""Logarithms of the gains between which a law of mean 1 is integrated."""
+_SAMPLES, _SAMPLE_NODES = 2**17, 2**10
+_TABLE_SIZE, _TABLE_STEP = 512, 0.08
+_BISECTIONS = 50
+
+
+class GainLaw(NamedTuple):
+    """Gains g [n] of a block, ascending, and their probabilities [n]: expectations are sums over both."""
+
+    gains: Float[Array, " n"]
+    probabilities: Float[Array, " n"]
+
+    def mean(self, values: Float[Array, "*s n"]) -> Float[Array, "*s"]:
+        """E[f(g)] from the values of f at the nodes."""
+        return values @ self.probabilities
+
+
+def gain_law(fading: Fading, num_blocks: int = 16) -> GainLaw:
+    """The law of one block's gain under `fading`; for use outside jit.
+
+    The library's parametric models are integrated by the trapezoidal rule in ln g, which converges geometrically for
+    smooth integrands. Of any other model it takes 2^17 samples, averaged over its first `num_blocks` blocks, in 1,024
+    intervals of equal probability.
+    """
+    if isinstance(fading, NoFading):
+        return GainLaw(jnp.ones(1), jnp.ones(1))
+    log_gains = np.linspace(*_LOG_RANGE, NUM_NODES)
+    gains = np.exp(log_gains)
+    if isinstance(fading, RayleighFading | JakesFading | GaussMarkovFading):
+        log_density = -gains
+    elif isinstance(fading, NakagamiFading):
+        m = float(fading.m)
+        log_density = (m - 1) * log_gains - m * gains
+    elif isinstance(fading, RicianFading):
+        k = float(fading.k_factor)
+        argument = 2 * np.sqrt(k * (1 + k) * gains)
+        log_density = argument - (1 + k) * gains + np.log(np.asarray(i0e(argument), np.float64))
+    else:
+        return _sampled(fading, num_blocks)
+    logits = log_density + log_gains
+    weights = np.exp(logits - logits.max())
+    return GainLaw(jnp.asarray(gains, jnp.float32), jnp.asarray(weights / weights.sum(), jnp.float32))
+
+
+def _sampled(fading: Fading, num_blocks: int) -> GainLaw:
+    keys = jax.random.split(jax.random.key(0), -(-_SAMPLES // num_blocks))
+    sample = jax.jit(jax.vmap(lambda key: squared_magnitude(fading.sample(key, num_blocks))))
+    gains = np.sort(np.asarray(sample(keys)).reshape(-1)[:_SAMPLES])
+    nodes = gains.reshape(_SAMPLE_NODES, -1).mean(1)
+    return GainLaw(jnp.asarray(nodes), jnp.full(_SAMPLE_NODES, np.float32(1 / _SAMPLE_NODES)))
+
+
+class LoadTable(NamedTuple):
+    """ln(1 + x) [n] at which the mean error E[1 / (1 + x g)] falls by exp(-y) E[g] per unit of x, y = 0, step, ...
+
+    The inverse of the marginal benefit of SNR, tabulated once for a law, so that loads cost interpolations only.
+    """
+
+    log_snr: Float[Array, " n"]
+    log_mean_gain: Float[Array, ""]
+
+
+def load_table(law: GainLaw) -> LoadTable:
+    """The table of a law of the gain, for x up to about 10^12."""
+    gains, probabilities = law
+    mean_gain = jnp.sum(gains * probabilities)
+    levels = _TABLE_STEP * jnp.arange(_TABLE_SIZE, dtype=jnp.float32)
+
+    def log_benefit(log_snr):
+        """ln of -d/dx E[1 / (1 + x g)] / E[g] at x = exp(log_snr) - 1."""
+        damped = gains / jnp.square(1 + jnp.expm1(log_snr)[:, None] * gains[None])
+        return jnp.log(damped @ probabilities / mean_gain)
+
+    def halve(_, bracket):
+        low, high = bracket
+        middle = 0.5 * (low + high)
+        worthwhile = -log_benefit(middle) <= levels
+        return jnp.where(worthwhile, middle, low), jnp.where(worthwhile, high, middle)
+
+    bracket = jnp.zeros(_TABLE_SIZE), jnp.full(_TABLE_SIZE, 28.0)
+    log_snr = jax.lax.fori_loop(0, _BISECTIONS, halve, bracket)[0]
+    return LoadTable(log_snr, jnp.log(mean_gain))
+
+
+def static_power(
+    table: LoadTable,
+    weights: Float[Array, " t"],
+    snr: Float[ArrayLike, ""],
+    energy: Float[ArrayLike, ""],
+    max_power: Float[ArrayLike, ""] = jnp.inf,
+) -> Float[Array, " t"]:
+    """Powers [t] of sum `energy` that minimise sum_t w_t E[1 / (1 + p_t g snr)], each at most `max_power`.
+
+    `snr` is the linear 1 / sigma^2. The optimal open loop: every block that gets power has the same marginal benefit,
+    w_t snr E[g / (1 + p_t g snr)^2], whose level is found by bisection (K.-H. Lee and D. P. Petersen, "Optimal linear
+    coding for vector channels", IEEE Trans. Commun. 24, 1976, with fading). Blocks of weight 0 get nothing; if the
+    others cannot take the energy, some is left unspent.
+    """
+    log_worth = jnp.log(jnp.maximum(weights, 1e-30)) + jnp.log(snr) + table.log_mean_gain
+    highest = jnp.max(log_worth)
+    useful = weights > 0
+
+    def power(log_price):
+        place = jnp.clip((log_worth - log_price) / _TABLE_STEP, 0, _TABLE_SIZE - 1.001)
+        index = place.astype(jnp.int32)
+        left, right = table.log_snr[index], table.log_snr[index + 1]
+        load = jnp.expm1(left + (place - index) * (right - left)) / snr
+        return jnp.where(useful, jnp.minimum(load, max_power), 0.0)
+
+    def halve(_, bracket):
+        low, high = bracket
+        middle = 0.5 * (low + high)
+        affordable = jnp.sum(power(middle)) <= energy
+        return jnp.where(affordable, low, middle), jnp.where(affordable, middle, high)
+
+    bracket = highest - (_TABLE_SIZE - 1) * _TABLE_STEP, highest
+    spent = power(jax.lax.fori_loop(0, _BISECTIONS, halve, bracket)[1])
+    # What rounding left over goes to all in proportion, as far as the peak allows.
+    total = jnp.sum(spent)
+    return jnp.minimum(spent * (energy / jnp.where(total > 0, total, 1.0)), max_power)
+
+
+def mean_error(law: GainLaw, snr: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """E[1 / (1 + snr g)], elementwise."""
+    return law.mean(1 / (1 + snr[..., None] * law.gains))

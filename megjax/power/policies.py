@@ -1,0 +1,230 @@
+"""Power policies: from what the transmitter knows of the gains to the power of every block, all with one signature.
+
+`policy.allocate(gains, problem) -> power [t]` takes the power gains |h_t|^2 as the transmitter knows them. A policy
+whose `causal` is True decides block t from the gains up to t only; the others see the whole transmission in advance.
+One transmission a call: the caller vmaps over gains, and over problems where needed; what depends on the problem alone
+(loads, cut-offs) is then computed once. Every policy keeps sum p_t <= energy and p_t <= max_power; causal ones spend
+what is left on the last block.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from megjax.power.laws import GainLaw, LoadTable, mean_error, static_power
+from megjax.power.problem import Problem, check_gains
+
+_BISECTIONS = 40
+_THRESHOLDS = 128
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """What a power policy is; a pytree, so that it can be an argument of a jitted function."""
+
+    causal: ClassVar[bool]
+
+    def allocate(self, gains: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
+        """Power p_t of the blocks [t] for these known gains."""
+
+
+class View(NamedTuple):
+    """What a causal policy sees before it sends block `block`: gains up to there (later ones are 0), energy left."""
+
+    block: Int[Array, ""]
+    gain: Float[Array, ""]
+    gains: Float[Array, " t"]
+    energy: Float[Array, ""]
+
+
+def policy(cls):
+    """Make `cls` a frozen dataclass and a pytree of its fields; those with static metadata are structure."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+def spend(
+    decide: Callable[[View], Float[Array, ""]], gains: Float[Array, " t"], problem: Problem
+) -> Float[Array, " t"]:
+    """Powers [t] of a causal rule, cut to the energy left and the peak; the last block takes the rest.
+
+    `decide` gets a `View` whose later gains are zeros, so that it cannot look ahead. ValueError for bad gains.
+    """
+    check_gains(gains)
+    num_blocks = gains.shape[0]
+
+    def step(energy, block):
+        known = jnp.where(jnp.arange(num_blocks) <= block, gains, 0.0)
+        wanted = decide(View(block, gains[block], known, energy))
+        wanted = jnp.where(block == num_blocks - 1, energy, jnp.clip(wanted, 0.0, energy))
+        power = jnp.minimum(wanted, problem.max_power)
+        return jnp.maximum(energy - power, 0.0), power
+
+    return jax.lax.scan(step, jnp.asarray(problem.energy, jnp.float32), jnp.arange(num_blocks))[1]
+
+
+@policy
+class EqualPower:
+    """The same power in every block, whatever the gains and weights."""
+
+    causal: ClassVar[bool] = True
+
+    def allocate(self, gains: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
+        """As in `Policy`."""
+        check_gains(gains)
+        return jnp.minimum(jnp.full(gains.shape, problem.energy / gains.shape[0]), problem.max_power)
+
+
+@policy
+class StaticPower:
+    """Open loop: the powers that minimise sum w_t E[1 / (1 + p_t g snr)], from the law of the gains alone."""
+
+    causal: ClassVar[bool] = True
+    table: LoadTable
+
+    def allocate(self, gains: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
+        """As in `Policy`; the same for all gains."""
+        check_gains(gains)
+        return static_power(self.table, problem.weights, problem.snr, problem.energy, problem.max_power)
+
+
+@policy
+class LoadedPower:
+    """Open loop with given loads [t], such as the codec's own: p_t in proportion to them."""
+
+    causal: ClassVar[bool] = True
+    load: Float[Array, " t"]
+
+    def allocate(self, gains: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
+        """As in `Policy`; ValueError for a load of another length."""
+        check_gains(gains)
+        if self.load.shape != gains.shape:
+            raise ValueError(f"load has shape {self.load.shape}; it must be {gains.shape}, one for each block")
+        return jnp.minimum(problem.energy * self.load / jnp.sum(self.load), problem.max_power)
+
+
+@policy
+class ChannelInversion:
+    """Truncated inversion: p_t = c / g_t, zero below a threshold, with c for the mean power under the law.
+
+    Of 128 thresholds it takes the one with the least P(g < threshold) + P(g >= threshold) / (1 + c snr), the mean error
+    of an unweighted block. A. J. Goldsmith and P. P. Varaiya, "Capacity of fading channels with channel side
+    information", IEEE Trans. Inf. Theory 43(6), 1997, section III.
+    """
+
+    causal: ClassVar[bool] = True
+    law: GainLaw
+
+    def allocate(self, gains: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
+        """As in `Policy`."""
+        nodes, probabilities = self.law
+        thresholds = jnp.interp(jnp.linspace(0, 1, _THRESHOLDS, endpoint=False), jnp.cumsum(probabilities), nodes)
+        sent = nodes[None] >= thresholds[:, None]
+        level = problem.energy / gains.shape[0] / (jnp.where(sent, 1 / nodes, 0.0) @ probabilities)
+        share = sent @ probabilities
+        best = jnp.argmin(1 - share + share / (1 + level * problem.snr))
+        chosen, power = thresholds[best], level[best]
+        return spend(
+            lambda view: jnp.where(view.gain >= chosen, power / jnp.maximum(view.gain, 1e-20), 0.0), gains, problem
+        )
+
+
+@policy
+class Waterfilling:
+    """Water-filling over time: p_t = (1 / gamma0 - sigma^2 / g_t)+, gamma0 for the mean power under the law.
+
+    It maximises the ergodic capacity, not this problem's error. A. J. Goldsmith and P. P. Varaiya, "Capacity of fading
+    channels with channel side information", IEEE Trans. Inf. Theory 43(6), 1997, eq. 5; here cut at the energy left.
+    """
+
+    causal: ClassVar[bool] = True
+    law: GainLaw
+
+    def allocate(self, gains: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
+        """As in `Policy`."""
+        mean_power = problem.energy / gains.shape[0]
+        floors = 1 / (problem.snr * self.law.gains)
+
+        def excess(level):
+            return self.law.mean(jnp.maximum(level - floors, 0.0)) - mean_power
+
+        # E(level - floor)+ >= mean_power once half of the probability lies this far below the level.
+        median = floors[jnp.searchsorted(jnp.cumsum(self.law.probabilities), 0.5)]
+        level = _bisect(excess, floors[-1], median + 4 * mean_power)
+        floor = lambda gain: 1 / (problem.snr * jnp.maximum(gain, 1e-20))  # noqa: E731
+        return spend(lambda view: jnp.maximum(level - floor(view.gain), 0.0), gains, problem)
+
+
+@policy
+class ClairvoyantWaterfilling:
+    """Water-filling over the gains of this transmission, all known in advance: the most capacity, not the least error.
+
+    T. M. Cover and J. A. Thomas, "Elements of Information Theory", 2nd ed., 2006, section 9.4.
+    """
+
+    causal: ClassVar[bool] = False
+
+    def allocate(self, gains: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
+        """As in `Policy`."""
+        check_gains(gains)
+        floors = 1 / (problem.snr * jnp.maximum(gains, 1e-20))
+
+        def power(level):
+            return jnp.clip(level - floors, 0.0, problem.max_power)
+
+        lowest, cap = jnp.min(floors), jnp.minimum(problem.max_power, problem.energy)
+        # Bisection in the logarithm of the height above the deepest floor, which may be far below it.
+        top = lowest + problem.energy + jnp.where(jnp.isfinite(problem.max_power), jnp.max(floors) + cap, 0.0)
+        level = _bisect(lambda x: jnp.sum(power(x)) - problem.energy, lowest, top)
+        return _fill(power(level), problem)
+
+
+@policy
+class Clairvoyant:
+    """The least sum w_t / (1 + p_t g_t snr) for gains known in advance: no policy does better on any transmission.
+
+    p_t = (sqrt(w_t g_t snr / price) - 1)+ / (g_t snr), cut at the peak, the price found by bisection: the optimality
+    conditions of S. Boyd and L. Vandenberghe, "Convex Optimization", 2004, section 5.5.
+    """
+
+    causal: ClassVar[bool] = False
+
+    def allocate(self, gains: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
+        """As in `Policy`."""
+        check_gains(gains)
+        slope = jnp.maximum(gains * problem.snr, 1e-20)
+        log_worth = jnp.log(jnp.maximum(problem.weights * slope, 1e-30))
+
+        def power(log_price):
+            level = jnp.expm1(jnp.maximum(0.5 * (log_worth - log_price), 0.0)) / slope
+            return jnp.minimum(level, problem.max_power)
+
+        highest = jnp.max(log_worth)
+        log_price = _bisect(lambda x: problem.energy - jnp.sum(power(x)), highest - 90.0, highest)
+        return _fill(power(log_price), problem)
+
+
+def expected_static_errors(law: GainLaw, problem: Problem, power: Float[Array, " t"]) -> Float[Array, " t"]:
+    """w_t E[1 / (1 + p_t g snr)] of every block [t] at powers that do not depend on the gains."""
+    return problem.weights * mean_error(law, power * problem.snr)
+
+
+def _fill(power: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
+    """Powers scaled to the whole energy, which a bisection misses by rounding, within the peak."""
+    total = jnp.sum(power)
+    return jnp.minimum(power * jnp.where(total > 0, problem.energy / total, 1.0), problem.max_power)
+
+
+def _bisect(function, low, high) -> Array:
+    """The root of an increasing function between `low` and `high`, or the end that is nearer to it."""
+
+    def halve(_, bracket):
+        low, high = bracket
+        middle = 0.5 * (low + high)
+        below = function(middle) < 0
+        return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+    return sum(jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))) / 2
