@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import i0e
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
 
 from megjax.channel import Fading, GaussMarkovFading, JakesFading
 from megjax.configs import require

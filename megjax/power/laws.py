@@ -1,4 +1,4 @@
-"""Laws of a block's power gain g = |h|^2 as quadrature nodes, and the loads that are best when only the law is known."""
+"""Laws of a block's power gain g = |h|^2 as quadrature nodes, and the loads that are best given the law alone."""
 
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ NUM_NODES = 192
 _LOG_RANGE = -20.0, 3.7
 """Logarithms of the gains between which a law of mean 1 is integrated."""
 _SAMPLES, _SAMPLE_NODES = 2**17, 2**10
-_TABLE_SIZE, _TABLE_STEP = 512, 0.08
+TABLE_SIZE, _TABLE_STEP = 512, 0.08
 _BISECTIONS = 50
 
 
@@ -87,7 +87,7 @@ def load_table(law: GainLaw) -> LoadTable:
     """The table of a law of the gain, for x up to about 10^12."""
     gains, probabilities = law
     mean_gain = jnp.sum(gains * probabilities)
-    levels = _TABLE_STEP * jnp.arange(_TABLE_SIZE, dtype=jnp.float32)
+    levels = _TABLE_STEP * jnp.arange(TABLE_SIZE, dtype=jnp.float32)
 
     def log_benefit(log_snr):
         """ln of -d/dx E[1 / (1 + x g)] / E[g] at x = exp(log_snr) - 1."""
@@ -100,7 +100,7 @@ def load_table(law: GainLaw) -> LoadTable:
         worthwhile = -log_benefit(middle) <= levels
         return jnp.where(worthwhile, middle, low), jnp.where(worthwhile, high, middle)
 
-    bracket = jnp.zeros(_TABLE_SIZE), jnp.full(_TABLE_SIZE, 28.0)
+    bracket = jnp.zeros(TABLE_SIZE), jnp.full(TABLE_SIZE, 28.0)
     log_snr = jax.lax.fori_loop(0, _BISECTIONS, halve, bracket)[0]
     return LoadTable(log_snr, jnp.log(mean_gain))
 
@@ -124,7 +124,7 @@ def static_power(
     useful = weights > 0
 
     def power(log_price):
-        place = jnp.clip((log_worth - log_price) / _TABLE_STEP, 0, _TABLE_SIZE - 1.001)
+        place = jnp.clip((log_worth - log_price) / _TABLE_STEP, 0, TABLE_SIZE - 1.001)
         index = place.astype(jnp.int32)
         left, right = table.log_snr[index], table.log_snr[index + 1]
         load = jnp.expm1(left + (place - index) * (right - left)) / snr
@@ -136,7 +136,7 @@ def static_power(
         affordable = jnp.sum(power(middle)) <= energy
         return jnp.where(affordable, low, middle), jnp.where(affordable, middle, high)
 
-    bracket = highest - (_TABLE_SIZE - 1) * _TABLE_STEP, highest
+    bracket = highest - (TABLE_SIZE - 1) * _TABLE_STEP, highest
     spent = power(jax.lax.fori_loop(0, _BISECTIONS, halve, bracket)[1])
     # What rounding left over goes to all in proportion, as far as the peak allows.
     total = jnp.sum(spent)
