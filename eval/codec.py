@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
 from eval import codec_plots
-from eval.codec_plots import Point, Row
+from eval.codec_points import Point, shows_images, table_rows
 from eval.generate import prepare_output
 from megjax.channel import RayleighFading, symbols_per_block
 from megjax.channel.loading import mean_lmmse_error_awgn
@@ -47,14 +46,14 @@ from megjax.runtime import check_seed, command
 from megjax.units import check_snr_db, db_to_linear, linear_to_db
 
 MEAN_ERRORS = {"rayleigh": mean_lmmse_error_rayleigh, "awgn": mean_lmmse_error_awgn}
-MODES = ("equal_energy", "equal_power")
-RAW = ("raw", "raw_wiener", "raw_denoiser")
 SHARD = 100
 """Latents in a shard of the caches."""
 LAW_DRAWS = 20_000
 """Realisations that stand for the law of the gains when the digital seed chooses its step."""
 STUDY_RATE, STUDY_LATENTS, STUDY_DRAWS = 4.0, 256, 200
 """Rate, latents and realisations of the block weights and of the additive model."""
+IMAGE_BATCH = 20
+"""Latents decoded at a time: more no longer fit a CPU's cache."""
 POINTS, CONFIG = "points", "config.json"
 
 
@@ -97,6 +96,8 @@ class Arguments:
     """SNRs of the link in dB, 1 / noise variance."""
     rates: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
     """Compression ratios."""
+    image_rates: tuple[float, ...] = (1.0, 2.0, 4.0)
+    """Compression ratios whose images are decoded, nearly all of the work; the others have latent NMSE only."""
     blocks: int = 16
     """Fading blocks an image."""
     realisations: int = 1
@@ -109,27 +110,6 @@ class Arguments:
     """Also write docs_table.md."""
     output: Path = Path("outputs/codec")
     """Folder for tables and plots, and for the finished points; a run that was stopped goes on where it was."""
-
-
-def table_rows(args: Arguments, num_values: int, with_denoiser: bool) -> list[Row]:
-    """Every row of the table; rows that are the same physics name the same point."""
-    rows = []
-    for mode, fading, snr_db, rate in itertools.product(MODES, FADINGS, args.snr_db, args.rates):
-        symbols = link.symbols_at_rate(float(rate), num_values)
-        budget = num_values / (2 * symbols) if mode == "equal_energy" else 1.0
-        place = fading, round(float(snr_db + linear_to_db(budget)), 4), symbols
-        points = [Point("seed", *place, "codec"), Point("klt", *place, "codec")]
-        points += [Point("digital", *place), Point("opta", *place)]
-        if mode == "equal_energy":
-            points += [Point("seed", *place, "equal")]
-            points += [Point("seed", *place, power, "interleaved") for power in POWERS]
-        rows += [Row(mode, float(rate), snr_db, budget, point) for point in points]
-    for mode, fading, snr_db in itertools.product(MODES, FADINGS, args.snr_db):
-        for scheme in RAW if with_denoiser else RAW[:2]:
-            # In natural order neighbours share a block: dealt out, a deep fade leaves some of every region.
-            point = Point(scheme, fading, round(float(snr_db), 4), num_values // 2, "equal", "interleaved")
-            rows.append(Row(mode, 1.0, snr_db, 1.0, point))
-    return rows
 
 
 @dataclasses.dataclass
@@ -151,16 +131,16 @@ class Bench:
     @functools.cached_property
     def references(self) -> list[np.ndarray]:
         """The server's images, by batch."""
-        return [np.asarray(self.pipe.decode(jnp.asarray(self.latents[part]))) for part in self.batches]
+        return [np.asarray(self._decode(jnp.asarray(self.latents[part]))) for part in self.batches]
 
     @property
     def batches(self) -> list[slice]:
         return [slice(i, i + self.args.batch) for i in range(0, len(self.latents), self.args.batch)]
 
-    def measure(self, point: Point) -> dict[str, np.ndarray]:
-        """`nmse` [n r], the squared error over the total variance, and, but for OPTA, `psnr_db` [n r] of images."""
+    def measure(self, point: Point, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """`nmse` [n r], the squared error over the total variance, and, if it is among `names`, images' `psnr_db`."""
         receive = self._receiver(point)
-        found: dict[str, list] = {"nmse": []} | ({"psnr_db": []} if point.has_images else {})
+        found: dict[str, list] = {name: [] for name in names}
         for i, part in enumerate(self.batches):
             images = jnp.arange(part.start, min(part.stop, len(self.latents)), dtype=jnp.uint32)
             columns = []
@@ -168,11 +148,16 @@ class Bench:
                 keys = realisation_keys(self.key, images, realisation)
                 nmse, decoded = receive(keys, jnp.asarray(self.latents[part]))
                 columns.append([nmse])
-                if point.has_images:
-                    columns[-1].append(_psnr(self.references[i], self.pipe.decode(decoded)))
+                if "psnr_db" in names:
+                    columns[-1].append(_psnr(self.references[i], self._decode(decoded)))
             for name, parts in zip(found, zip(*columns, strict=True), strict=True):
                 found[name].append(np.stack(jax.device_get(parts), axis=1))
         return {name: np.concatenate(parts).astype(np.float32) for name, parts in found.items()}
+
+    def _decode(self, latents):
+        """Images of a batch of latents."""
+        parts = range(0, len(latents), IMAGE_BATCH)
+        return jnp.concatenate([self.pipe.decode(latents[i : i + IMAGE_BATCH]) for i in parts])
 
     def _receiver(self, point: Point):
         """`(keys [b], latents) -> (nmse [b], received latents)` at a point."""
@@ -296,16 +281,21 @@ def claim(folder: Path, config: dict[str, Any]) -> None:
     (folder / POINTS).mkdir(exist_ok=True)
 
 
-def kept(path: Path, make) -> dict[str, np.ndarray]:
-    """The arrays of a file, made and written in one step if it is not there; ValueError if it is damaged."""
-    if not path.exists():
-        part = path.with_suffix(".part")
-        part.write_bytes(save({name: np.ascontiguousarray(array) for name, array in make().items()}))
-        part.replace(path)
+def kept(path: Path, make, names: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    """The arrays of a file, made and written in one step if there is none, or none with these `names`.
+
+    ValueError if it is damaged.
+    """
     try:
-        return load_file(path)
+        found = load_file(path) if path.exists() else None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to measure it anew") from None
+    if found is None or not set(names) <= set(found):
+        found = {name: np.ascontiguousarray(array) for name, array in make().items()}
+        part = path.with_suffix(".part")
+        part.write_bytes(save(found))
+        part.replace(path)
+    return {name: found[name] for name in names or found}
 
 
 def cached_latents(pipe: StableDiffusion, args: Arguments, held_out: bool) -> np.ndarray:
@@ -361,10 +351,14 @@ def run(args: Arguments):
     claim(args.output, {**digests, "model": model_digest(pipe), **{name: getattr(args, name) for name in settings}})
     bench = make_bench(args, pipe, codec, denoiser)
 
-    rows = table_rows(args, codec.config.num_values, denoiser is not None)
+    rows = table_rows(args.snr_db, args.rates, codec.config.num_values, denoiser is not None)
+    pictured = {row.point for row in rows if shows_images(row, args.image_rates)}
     files = {}
-    for point in tqdm(list(dict.fromkeys(row.point for row in rows)), desc="points", unit="point", disable=None):
-        files[point] = kept(args.output / POINTS / f"{point.name}.safetensors", lambda p=point: bench.measure(p))
+    points = sorted(dict.fromkeys(row.point for row in rows), key=pictured.__contains__)
+    for point in tqdm(points, desc="points", unit="point", disable=None):
+        names = ("nmse", "psnr_db") if point in pictured else ("nmse",)
+        path = args.output / POINTS / f"{point.name}.safetensors"
+        files[point] = kept(path, lambda point=point, names=names: bench.measure(point, names), names)
     rate = STUDY_RATE if STUDY_RATE in args.rates else float(args.rates[-1])
     symbols, studies = codec.num_symbols(rate), {}
     for snr_db in tqdm(args.snr_db[1::2][:3] or args.snr_db[:1], desc="block weights", disable=None):

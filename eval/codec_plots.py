@@ -1,15 +1,19 @@
 """Tables, plots and markdown of the codec's evaluation, from the values of each image at each point."""
 
+import itertools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from eval.codec_points import FADINGS
 from megjax.configs import write_text
 from megjax.units import linear_to_db
 
 CONFIDENCE, RESAMPLES = 0.95, 2000
+NOTHING = (np.nan,) * 3
+"""Estimate and interval of what was not measured."""
 RIVALS = {"raw": 1.0, "raw_wiener": 1.0, "raw_denoiser": 1.0, "klt": None, "digital": None}
 """Schemes that the seed is compared with, and their rate; None: the seed's own."""
 NAMES = {
@@ -22,44 +26,6 @@ NAMES = {
     "raw_denoiser": "raw + denoiser",
 }
 COLOURS = {name: f"C{i}" for i, name in enumerate(NAMES)}
-FADINGS = {"rayleigh": "Rayleigh", "awgn": "AWGN"}
-
-
-class Point(NamedTuple):
-    """One scheme at one effective SNR, which several rows of the table may show."""
-
-    scheme: str
-    fading: str
-    snr_db: float
-    num_symbols: int
-    power: str = "equal"
-    mapping: str = "ordered"
-
-    @property
-    def is_variant(self) -> bool:
-        """Whether it is the seed with another mapping or power than its own."""
-        return self.scheme == "seed" and (self.power, self.mapping) != ("codec", "ordered")
-
-    @property
-    def has_images(self) -> bool:
-        """Whether images are decoded, for their PSNR."""
-        return self.scheme != "opta" and not self.is_variant
-
-    @property
-    def name(self) -> str:
-        """Of the file that keeps it."""
-        return f"{self.scheme}-{self.fading}-{self.power}-{self.mapping}-{self.num_symbols}-{self.snr_db:.4f}dB"
-
-
-class Row(NamedTuple):
-    """One row of the table: where the point stands in the comparison."""
-
-    mode: str
-    rate: float
-    snr_db: float
-    budget: float
-    """P: 1 at equal power, n / (2 K) at equal energy."""
-    point: Point
 
 
 class Bootstrap:
@@ -109,8 +75,7 @@ def results_table(rows, files, boot: Bootstrap) -> pd.DataFrame:
         line |= spread("nmse", boot.interval(lambda x: x, (point, "nmse")))
         line |= spread("nmse_db", boot.interval(decibels, (point, "nmse")))
         has_images = (point, "psnr_db") in boot
-        nothing = (np.nan,) * 3
-        line |= spread("psnr_db", boot.interval(lambda x: x, (point, "psnr_db")) if has_images else nothing)
+        line |= spread("psnr_db", boot.interval(lambda x: x, (point, "psnr_db")) if has_images else NOTHING)
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -127,8 +92,9 @@ def comparisons_table(rows, boot: Bootstrap) -> pd.DataFrame:
             if other is None:
                 continue
             line = {"mode": mode, "fading": fading, "rate": rate, "snr_db": snr_db, "rival": rival}
-            gain = boot.interval(np.subtract, (point, "psnr_db"), (other, "psnr_db"))
-            line |= spread("psnr_gain_db", gain)
+            images = [(point, "psnr_db"), (other, "psnr_db")]
+            both = all(name in boot for name in images)
+            line |= spread("psnr_gain_db", boot.interval(np.subtract, *images) if both else NOTHING)
             gain = boot.interval(lambda a, b: decibels(b) - decibels(a), (point, "nmse"), (other, "nmse"))
             lines.append({**line, **spread("nmse_gain_db", gain)})
     return pd.DataFrame(lines)
@@ -241,19 +207,25 @@ def _grid(labels, frame: pd.DataFrame, value: str) -> list[str]:
 
 
 def _gains(comparisons: pd.DataFrame, num: int) -> list[str]:
-    """Paired gains in image PSNR over every rival."""
+    """Paired gains in image PSNR over every rival, and in latent NMSE over the best linear code."""
+    energy, power = (comparisons[comparisons["mode"] == mode] for mode in ("equal_energy", "equal_power"))
+    raw = power.rival.str.startswith("raw")
+    kinds = [
+        ("psnr_gain_db", "image PSNR", "equal energy", energy),
+        ("psnr_gain_db", "image PSNR", "equal power", power[raw]),
+    ]
+    kinds.append(("nmse_gain_db", "latent NMSE", "equal energy", energy[energy.rival == "klt"]))
     lines = []
-    here = comparisons.query("mode == 'equal_energy'")
-    for fading, title in FADINGS.items():
-        lines += [f"Gain of the seed in image PSNR (dB), {title}, equal energy, n = {num} [95 % interval]:", ""]
-        levels = sorted(here.snr_db.unique())
-        lines += _header(["over", *(f"{level:g} dB" for level in levels)])
-        for (rate, rival), group in here[here.fading == fading].groupby(["rate", "rival"], sort=False):
-            cells = [
-                f"{r.psnr_gain_db:.2f} [{r.psnr_gain_db_low:.2f}, {r.psnr_gain_db_high:.2f}]"
-                for r in group.sort_values("snr_db").itertuples()
-            ]
-            lines.append("| " + " | ".join([f"{NAMES[rival]}, r = {rate:g}", *cells]) + " |")
+    for (value, unit, mode, frame), (fading, title) in itertools.product(kinds, FADINGS.items()):
+        here = frame[frame.fading == fading].dropna(subset=value)
+        if here.empty:
+            continue
+        lines += [f"Gain of the seed in {unit} (dB), {title}, {mode}, n = {num} [95 % interval]:", ""]
+        lines += _header(["seed", "over", *(f"{level:g} dB" for level in sorted(here.snr_db.unique()))])
+        for (rate, rival), group in here.groupby(["rate", "rival"], sort=False):
+            columns = group.sort_values("snr_db")[[value, f"{value}_low", f"{value}_high"]].to_numpy()
+            cells = [f"{gain:.2f} [{low:.2f}, {high:.2f}]" for gain, low, high in columns]
+            lines.append("| " + " | ".join([f"r = {rate:g}", NAMES[rival], *cells]) + " |")
         lines.append("")
     return lines
 
@@ -315,7 +287,7 @@ def _draw_psnr(plt, results: pd.DataFrame):
     middle = 4.0 if 4.0 in set(results.rate) else max(results.rate)
     for axis, (fading, title) in zip(axes[0], FADINGS.items(), strict=True):
         here = results[results.fading == fading]
-        for i, rate in enumerate(sorted(results.rate.unique())):
+        for i, rate in enumerate(sorted(results.dropna(subset="psnr_db").rate.unique())):
             lines = here[(here.scheme == "seed") & (here.rate == rate)]
             _line(axis, lines, "psnr_db", label=f"seed, r = {rate:g}", color=f"C{i}")
         others = {"klt": (f"KLT, r = {middle:g}", "--", "C4"), "raw": ("raw", ":", "C5")}

@@ -59,7 +59,8 @@ def errors(codec: SeedCodec, held_out: np.ndarray, snr_db: float, num_symbols: i
         return jnp.square(received - z).sum((1, 2, 3))
 
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(len(held_out)))
-    return {name: np.asarray(send(scheme, law, keys, jnp.asarray(held_out))) for name, law in FADINGS.items()}
+    z = jnp.asarray(held_out)
+    return {name: np.asarray(send(scheme, law, jax.random.clone(keys), z)) for name, law in FADINGS.items()}
 
 
 def loss_db(universal: np.ndarray, single: np.ndarray) -> dict[str, float]:

@@ -28,8 +28,7 @@ DecodeImages = Callable[[Float[Array, "b h w c"]], Float[Array, "b H W 3"]]
 class Conditions:
     """What one step of training draws, for `groups` groups of `group_size` latents.
 
-    A group shares SNR (uniform from `min_snr_db` to `max_snr_db`), power (1, or with
-    `equal_energy` 1 or r), rate
+    A group shares SNR (uniform from `min_snr_db` to `max_snr_db`), power (1, or with `equal_energy` 1 or r), rate
     (one of `rates`, or log-uniform between the extremes), and mapping. Each latent has its own fading: Rayleigh,
     Rician, Jakes or none. Block powers are the codec's load, equal, or either times random factors.
     `num_symbols` and `snr_db` (effective, P / sigma^2) fix rate and SNR instead, for a specialist.
@@ -158,7 +157,7 @@ def codec_loss(graph: nnx.GraphDef, conditions: Conditions, decode_images: Decod
 
 
 def draw_latents(
-    key: Key[Array, ""], sets: tuple[Float[Array, "n h w c"], ...], conditions: Conditions
+    key: Key[Array, ""], sets: tuple[Float[Array, "_ h w c"], ...], conditions: Conditions
 ) -> Float[Array, "b h w c"]:
     """A batch with `first_share` of its rows from the first set, group by group alike, the others from the second."""
     first_key, second_key = jax.random.split(key)
@@ -195,7 +194,7 @@ def initial_network(config: SeedCodecConfig, latents: Float[np.ndarray, "n h w c
     require(latents.shape[1:] == config.latent_shape, "latents' shape", latents.shape[1:], str(config.latent_shape))
     network = SeedNetwork(config, nnx.Rngs(seed))
     tiles = np.concatenate(
-        [np.asarray(network.tiles(part)) for part in np.array_split(latents, -(-len(latents) // 1000))]
+        [np.asarray(network.tiles(jnp.asarray(part))) for part in np.array_split(latents, -(-len(latents) // 1000))]
     )
     if config.transform == "raw":
         channels = latents.reshape(-1, config.latent_shape[2]).astype(np.float64)
@@ -245,6 +244,7 @@ def calibrate(network: SeedNetwork, latents: Float[np.ndarray, "n h w c"], batch
 
     From then on each value has zero mean and unit variance over them, exactly but for rounding.
     """
+    network = nnx.clone(network)  # its variables may be shared with a state that others hold
     config = network.config
     if network.encoder is None:
         points = [(0, 0)]

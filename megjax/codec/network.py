@@ -164,13 +164,14 @@ class SeedNetwork(nnx.Module):
 
     def whiten(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b s n"]:
         """Uncorrelated coefficients of unit variance of every tile, largest variance first."""
-        centred = self.tiles(latents) - self.latent_mean
-        return (centred if self.basis is None else centred @ self.basis) / self.scale
+        centred = self.tiles(latents) - self.latent_mean[None, None]
+        return (centred if self.basis is None else centred @ self.basis[...]) / self.scale[None, None]
 
     def colour(self, coefficients: Float[Array, "b s n"]) -> Float[Array, "b h w c"]:
         """The latent with these coefficients; the inverse of `whiten`."""
-        scaled = coefficients * self.scale
-        return self.from_tiles(self.latent_mean + (scaled if self.basis is None else scaled @ self.basis[...].T))
+        scaled = coefficients * self.scale[None, None]
+        centred = scaled if self.basis is None else scaled @ self.basis[...].T
+        return self.from_tiles(self.latent_mean[None, None] + centred)
 
     def position(self, snr_db: Float[ArrayLike, "*g"], num_symbols: Int[ArrayLike, "*g"]) -> tuple[Array, Array]:
         """Real-valued place on the grid of SNRs and of rates, from 0 to the last index."""
@@ -213,7 +214,7 @@ class SeedNetwork(nnx.Module):
         row, column = self.mode(snr_db, num_symbols)
         rows, columns = (jnp.broadcast_to(x, latents.shape[:1]) for x in (row, column))
         mean, std = self.moments(snr_db, num_symbols)
-        return (self.analyse(latents, rows, columns) - mean) / std
+        return (self.analyse(latents, rows, columns) - mean[None]) / std[None]
 
     def moments(self, snr_db: Float[ArrayLike, "*g"], num_symbols: Int[ArrayLike, "*g"]) -> tuple[Array, Array]:
         """Mean and standard deviation [*g n] of the values over the data, as `analyse` gives them."""
@@ -234,7 +235,7 @@ class SeedNetwork(nnx.Module):
         """
         config = self.config
         mean, std = self.moments(snr_db, num_symbols) if moments is None else moments
-        sent = jnp.arange(config.num_values) < 2 * num_symbols[:, None]
+        sent = jnp.arange(config.num_values)[None] < 2 * num_symbols[:, None]
         estimate = jnp.where(sent, mean + std * estimate, 0.0)
         estimate, level = (
             x.reshape(-1, config.tile_values, config.num_tiles).swapaxes(1, 2)

@@ -1,10 +1,12 @@
 """Tests of the codec's evaluation: its tables, its plots, resuming after a kill, and one clear line for bad input."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import load_file, save
 
 from eval import codec as evaluation
 from eval.codec import Arguments, Bench, run
@@ -64,7 +66,14 @@ def test_table_covers_every_row(result):
     assert (frame.n == 24).all() and (frame.realisations == 1).all()
     assert ((frame.nmse_low <= frame.nmse) & (frame.nmse <= frame.nmse_high)).all()
     images = frame.psnr_db.notna()
-    assert set(frame[~images].scheme) == {"opta", "seed"} and images.sum() == 2 * 2 * (2 * 2 * 3 + 2 * 3)
+    rayleigh, plain = frame.fading == "rayleigh", (frame.power == "codec") & (frame.mapping == "ordered")
+    energy = frame["mode"] == "equal_energy"
+    assert images[(frame.scheme == "seed") & plain & (energy | rayleigh)].all()
+    assert images[frame.scheme.str.startswith("raw")].all()  # without fading both modes show the same points
+    assert images[frame.scheme.isin(["klt", "digital"])].equals(
+        (energy & rayleigh | (frame.rate == 1) & rayleigh)[frame.scheme.isin(["klt", "digital"])]
+    )
+    assert not images[frame.scheme == "opta"].any() and not images[(frame.scheme == "seed") & ~plain].any()
     seed = select(frame, scheme="seed", mode="equal_energy", rate=4.0)
     assert (seed.num_symbols == 8).all() and (seed.budget == 4).all()
     np.testing.assert_allclose(seed.effective_snr_db - seed.snr_db, 6.0206, atol=1e-4)
@@ -104,9 +113,10 @@ def test_comparisons_are_differences_of_the_table(result):
         seed = select(frame, **place, scheme="seed", rate=line.rate, power="codec", mapping="ordered").iloc[0]
         rate = 1.0 if line.rival.startswith("raw") else line.rate
         rival = select(frame, **place, scheme=line.rival, rate=rate).iloc[0]
-        np.testing.assert_allclose(line.psnr_gain_db, seed.psnr_db - rival.psnr_db, atol=1e-5)
+        np.testing.assert_allclose(line.psnr_gain_db, seed.psnr_db - rival.psnr_db, atol=1e-5)  # NaN without images
         np.testing.assert_allclose(line.nmse_gain_db, rival.nmse_db - seed.nmse_db, atol=1e-5)
-        assert line.psnr_gain_db_low <= line.psnr_gain_db <= line.psnr_gain_db_high
+        assert np.isnan(line.psnr_gain_db) or line.psnr_gain_db_low <= line.psnr_gain_db <= line.psnr_gain_db_high
+    assert comparisons[comparisons.fading == "rayleigh"].query("mode == 'equal_energy'").psnr_gain_db.notna().all()
 
 
 def test_share_of_the_gap(result):
@@ -137,17 +147,17 @@ def test_a_stopped_run_goes_on_to_the_same_files(result, arguments, tmp_path, mo
     args = dataclasses.replace(arguments, output=tmp_path)
     measure, done = Bench.measure, []
 
-    def stopped(bench, point):
+    def stopped(bench, point, names):
         if len(done) == 7:
             raise KeyboardInterrupt
         done.append(point)
-        return measure(bench, point)
+        return measure(bench, point, names)
 
     monkeypatch.setattr(Bench, "measure", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(args)
     assert len(list((tmp_path / "points").iterdir())) == 7 and not (tmp_path / "results.parquet").exists()
-    monkeypatch.setattr(Bench, "measure", lambda bench, point: (done.append(point), measure(bench, point))[1])
+    monkeypatch.setattr(Bench, "measure", lambda bench, *point: (done.append(point[0]), measure(bench, *point))[1])
     run(args)
     assert len(done) == len(set(done))
     for name in [f"{name}.parquet" for name in TABLES] + [f"{name}.png" for name in PLOTS] + ["docs_table.md"]:
@@ -193,3 +203,12 @@ def test_without_a_denoiser_its_rows_are_left_out_and_its_points_kept(result, ar
     assert "is left out" in capsys.readouterr().out
     assert "raw_denoiser" not in {row.point.scheme for row in rows}
     assert set((result[1] / "points").iterdir()) == files
+
+
+def test_images_of_another_rate_are_measured_when_asked_for(result, arguments, tmp_path):
+    folder = shutil.copytree(arguments.output, tmp_path / "output")
+    for path in (folder / "points").glob("seed-rayleigh-codec-*-8-*.safetensors"):
+        path.write_bytes(save({"nmse": load_file(path)["nmse"]}))
+    few = run(dataclasses.replace(arguments, output=folder, image_rates=(1.0,)))
+    assert set(few[few.psnr_db.notna()].rate) == {1.0}
+    pd.testing.assert_frame_equal(run(dataclasses.replace(arguments, output=folder)), result[0])
