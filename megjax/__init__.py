@@ -8,8 +8,21 @@ _EXPORTS = {
     "StableDiffusion": "megjax.diffusion.pipeline",
     "FlaxStableDiffusion": "megjax.diffusion.pipeline",
     "SeedCodec": "megjax.codec.seed",
+    "LearnedPower": "megjax.power.actor_critic",
 }
-_MODULES = ("channel", "codec", "configs", "data", "diffusion", "ldm", "metrics", "system", "training", "units")
+_MODULES = (
+    "channel",
+    "codec",
+    "configs",
+    "data",
+    "diffusion",
+    "ldm",
+    "metrics",
+    "power",
+    "system",
+    "training",
+    "units",
+)
 
 
 def __getattr__(name: str):

@@ -2,17 +2,23 @@
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Key
 
-from megjax.channel import Fading, equalize_lmmse, pack, transmit, unpack
-from megjax.codec import SeedNetwork, link
+from megjax.channel import MAPPINGS, Fading, equalize_lmmse, pack, transmit, unpack
+from megjax.channel.numerics import squared_magnitude
+from megjax.codec import SeedCodec, SeedNetwork, link
 from megjax.configs import from_mapping, read_json, require, write_json
-from megjax.units import noise_var_from_snr_db
+from megjax.diffusion import generation
+from megjax.diffusion.pipeline import StableDiffusion
+from megjax.metrics import psnr
+from megjax.units import db_to_linear, noise_var_from_snr_db
 
 SCHEMES = ("centralized", "latent", "seed")
 NUM_BLOCKS = 16
@@ -143,3 +149,45 @@ def send_seed(
     received = link.send_code(noise_key, values, spending, gains, spending.load, noise_var, num_symbols, mapping)
     levels = (jnp.full(1, snr_db, jnp.float32), jnp.full(1, num_symbols))
     return network.decode(received.estimate[None], received.snr[None], *levels)[0]
+
+
+def image_quality(
+    pipe: StableDiffusion,
+    codec: SeedCodec,
+    latents: Float[Array, "n h w c"],
+    num_symbols: int,
+    mapping: str = "ordered",
+    reference: Callable[[Float[Array, " t"], Float[Array, ""]], Float[Array, " t"]] | None = None,
+) -> Callable[..., Float[Array, ""]]:
+    """`(key, gains [t], power [t], snr_db) -> PSNR` in dB of the image decoded from a seed sent at these powers.
+
+    The key draws one of `latents` and the noise; the PSNR is against the image decoded from the clean latent. With
+    `reference(power gains [t], snr_db) -> power [t]` the result is the gain over those powers on the same image, gains
+    and noise, which spreads far less. Made for `PowerControl(quality=...)`. ValueError for a bad number of symbols or
+    mapping.
+    """
+    network: SeedNetwork = nnx.merge(codec.graph, codec.state)
+    link.check_symbols(num_symbols, codec.config.num_values, 1)
+    require(mapping in MAPPINGS, "mapping", mapping, f"one of {MAPPINGS}")
+
+    def quality(key, gains, power, snr_db):
+        image_key, noise_key = jax.random.split(key)
+        clean = latents[jax.random.randint(image_key, (), 0, len(latents))]
+        spending = link.spending(network.spend(snr_db, num_symbols), num_symbols, gains.shape[0], mapping)
+        values = network.encode(clean[None], snr_db, num_symbols)[0]
+        levels = jnp.full(1, snr_db, jnp.float32), jnp.full(1, num_symbols)
+
+        def decode(power):
+            received = link.send_code(
+                jax.random.clone(noise_key), values, spending, gains, power, db_to_linear(-snr_db), num_symbols, mapping
+            )
+            return network.decode(received.estimate[None], received.snr[None], *levels)[0]
+
+        sent = [clean, decode(power)]
+        if reference is not None:
+            sent.append(decode(reference(squared_magnitude(gains), snr_db)))
+        images = generation.decode(pipe.graphs, pipe.params, jnp.stack(sent))
+        found = psnr(images[0], images[1])
+        return found if reference is None else found - psnr(images[0], images[2])
+
+    return quality

@@ -216,46 +216,81 @@ def fit(
 
     Raises ValueError if `folder` holds a run with other settings.
     """
-    folder = Path(folder).absolute()
-    check_same_run(folder, {**(description or {}), "fit": dataclasses.asdict(config)})
-    write_text(folder / "parameters.txt", describe_parameters(params))
     state = init_state(config, params)
     if num_shards > 1:
         state, data = jax.device_put((state, data), NamedSharding(data_mesh(num_shards), PartitionSpec()))
+    chunk, key = make_chunk(config, data_parallel(loss_fn, num_shards)), jax.random.key(config.seed)
+    return run_loop(
+        lambda state, num_steps: chunk(state, data, key, num_steps),
+        state,
+        folder,
+        num_steps=config.num_steps,
+        per_dispatch=config.steps_per_dispatch or (1 if jax.default_backend() == "cpu" else 100),
+        log_every=config.log_every,
+        checkpoint_minutes=config.checkpoint_minutes,
+        parameters=params,
+        description={**(description or {}), "fit": dataclasses.asdict(config)},
+        on_checkpoint=on_checkpoint,
+    )
+
+
+def run_loop(
+    chunk: Callable[[Any, int], tuple[Any, dict[str, Array]]],
+    state: Any,
+    folder: Path,
+    *,
+    num_steps: int,
+    per_dispatch: int,
+    log_every: int,
+    checkpoint_minutes: float,
+    parameters: PyTree,
+    description: dict[str, Any],
+    on_checkpoint: Callable[[Any], None] | None = None,
+) -> Any:
+    """Run `chunk(state, n) -> (state, mean metrics of n steps)` up to step `num_steps` and return the final state.
+
+    `state` is a pytree with the integer array `step`, at the start of a new run; a run in `folder` goes on from its
+    newest checkpoint. Chunks have at most `per_dispatch` steps and end where metrics are logged, every `log_every`
+    steps, so that a resumed run has the same ones. `parameters` are listed in parameters.txt.
+
+    Raises ValueError if `folder` holds a run of another `description`.
+    """
+    folder = Path(folder).absolute()
+    check_same_run(folder, description)
+    write_text(folder / "parameters.txt", describe_parameters(parameters))
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     with ocp.CheckpointManager(folder / "checkpoints", options=options) as manager:
         if manager.latest_step() is not None:
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(abstract))
-        start = int(state.step)
-        if start < config.num_steps:
-            state = _run(data_parallel(loss_fn, num_shards), state, data, config, folder, manager, on_checkpoint)
+        if int(state.step) < num_steps:
+            state = _run(
+                chunk, state, num_steps, per_dispatch, log_every, checkpoint_minutes, folder, manager, on_checkpoint
+            )
     return state
 
 
-def _run(loss_fn, state, data, config, folder, manager, on_checkpoint) -> FitState:
-    chunk, key = make_chunk(config, loss_fn), jax.random.key(config.seed)
-    per_dispatch = config.steps_per_dispatch or (1 if jax.default_backend() == "cpu" else 100)
+def _run(chunk, state, num_steps, per_dispatch, log_every, checkpoint_minutes, folder, manager, on_checkpoint):
     step = int(state.step)
     log, waiting, saved_at = MetricsLog(folder, step), [], time.monotonic()
     clock = folder / "seconds.json"
     spent, started = (read_json(clock)["seconds"] if step and clock.is_file() else 0.0), time.monotonic()
-    with tqdm(total=config.num_steps, initial=step, desc=folder.name, mininterval=5, dynamic_ncols=True) as bar:
-        while step < config.num_steps:
+    with tqdm(total=num_steps, initial=step, desc=folder.name, mininterval=5, dynamic_ncols=True) as bar:
+        while step < num_steps:
             # Chunks end on the same boundaries wherever a run was resumed, so that the logged means agree too.
             boundary = (step // per_dispatch + 1) * per_dispatch
-            boundary = min(boundary, (step // config.log_every + 1) * config.log_every, config.num_steps)
-            state, metrics = chunk(state, data, key, boundary - step)
+            boundary = min(boundary, (step // log_every + 1) * log_every, num_steps)
+            state, metrics = chunk(state, boundary - step)
             waiting.append((boundary - step, metrics))
             bar.update(boundary - step)
             step = boundary
-            if step % config.log_every == 0 or step == config.num_steps:
+            if step % log_every == 0 or step == num_steps:
                 values = _mean(waiting)
                 waiting = []
                 log.write(step, values)
                 bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
-                overdue = time.monotonic() - saved_at > 60 * config.checkpoint_minutes
-                if overdue or step == config.num_steps:
+                overdue = time.monotonic() - saved_at > 60 * checkpoint_minutes
+                if overdue or step == num_steps:
                     manager.save(step, args=ocp.args.StandardSave(state))
                     manager.wait_until_finished()
                     write_json(clock, {"step": step, "seconds": round(spent + time.monotonic() - started, 1)})

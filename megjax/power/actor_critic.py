@@ -20,7 +20,7 @@ from megjax.power.problem import Problem, check_gains
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 ASSETS = Path(__file__).parent.parent / "assets"
 BUNDLED = ("scenes",)
-LOG_STD_RANGE = (-5.0, 1.5)
+LOG_STD_RANGE = (float(np.log(0.2)), 1.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +124,16 @@ class LearnedPower:
         last = jnp.arange(num_blocks) == num_blocks - 1
         rows = rows._replace(share=jnp.where(last, 1.0, rows.share))
         return jax.lax.scan(step, jnp.asarray(problem.energy, jnp.float32), rows)[1]
+
+    def power_at(
+        self, gain: Float[Array, ""], energy: Float[Array, ""], block: int, problem: Problem
+    ) -> Float[Array, ""]:
+        """Power of block `block` (from 0, not the last) with this energy left, all gains so far being the same."""
+        plan = static_power(self.table, problem.weights, problem.snr, problem.energy, problem.max_power)
+        known = jnp.full(self.config.num_blocks, gain)
+        row = jax.tree.map(lambda x: x[block], episode_features(known, problem, plan, self.config.history))
+        offset, _ = nnx.merge(self.graph, self.state)((observation(row, energy) - self.mean) / self.std)
+        return jnp.minimum(share_of_offset(row.share, offset) * energy, problem.max_power)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write configuration and weights to `folder`."""

@@ -89,6 +89,13 @@ class CausalOptimum:
 
         return spend(decide, gains, problem)
 
+    def power_at(
+        self, gain: Float[Array, ""], energy: Float[Array, ""], block: int, problem: Problem
+    ) -> Float[Array, ""]:
+        """Power of block `block` (from 0) of this gain with this energy left."""
+        column = self._column(gain, self.prices(problem)[block])
+        return _best_power(problem, problem.weights[block], gain, energy, column)
+
     def expected_return(self, problem: Problem) -> Float[Array, ""]:
         """-J_1(energy), by quadrature over the grids: the value of the optimum without simulation.
 
@@ -146,7 +153,7 @@ def _best_power(problem: Problem, weight, gain, energy, log_prices: Float[Array,
 
 
 def _stage(law, problem: Problem, weight: Array, after: Float[Array, "e m"]) -> Float[Array, "e n"]:
-    """Price of energy in block t once its gain is known, lambda_t(e | g) [e n], from ln lambda_{t+1}(e | g) after it."""
+    """Price of energy in block t once its gain is known, lambda_t(e | g) [e n], from ln lambda_{t+1}(e | g)."""
     energies = _energy_grid(problem)
 
     def price(energy, gain, column):

@@ -319,7 +319,7 @@ def observation(row: Features, energy: Float[Array, ""]) -> Float[Array, " o"]:
 
 
 def share_of_offset(planned_share: Float[Array, "*s"], offset: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """The action that a policy's number `a` stands for, elementwise: u = q / (q + (1 - q) exp(-a)), q the planned share.
+    """The action that a number `a` of a policy stands for: u = q / (q + (1 - q) exp(-a)), q the planned share.
 
     At a = 0 it follows the plan; with equal weights it is u = 1 / (1 + (T - t - 1) exp(-a)), a = 0 the equal share.
     """

@@ -1,8 +1,8 @@
 """PPO for power control as one jittable program: rollout, advantages, epochs and minibatches, scanned over updates.
 
 J. Schulman et al., "Proximal Policy Optimization Algorithms", 2017 (clipped objective, eq. 7), with generalised
-advantage estimation (J. Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation",
-2016, eq. 16) at discount 1, as episodes are finite. A rollout is one whole episode of every environment, so that nothing
+advantage estimation at discount 1, as episodes are finite (J. Schulman et al., "High-Dimensional Continuous Control
+Using Generalized Advantage Estimation", 2016, eq. 16). A rollout is one whole episode of every environment, so nothing
 is reset inside it; the last block, which takes what is left, needs no decision. Environments are exchangeable, so
 minibatches are fixed groups of them and nothing is shuffled.
 """
@@ -23,7 +23,7 @@ from megjax.power.actor_critic import ActorCritic, ActorCriticConfig, LearnedPow
 from megjax.power.environment import EnvParams, EnvState, Episode, PowerControl, observation, share_of_offset
 from megjax.units import linear_to_db
 
-SNR_BINS = 8
+SNR_BINS, STD_FLOOR = 8, 1e-3
 _LOG_2PI = float(np.log(2 * np.pi))
 
 
@@ -84,9 +84,9 @@ class Moments(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training carries from update to update; what it draws depends on `key` and `update` only."""
+    """All that training carries from update to update; its draws depend on `key` and `step`, the updates done, only."""
 
-    update: Int[Array, ""]
+    step: Int[Array, ""]
     key: Key[Array, ""]
     params: Any
     opt_state: Any
@@ -127,10 +127,24 @@ class PPO:
         hyper = Hyperparameters(*(jnp.asarray(x, jnp.float32) for x in hyper))
         return TrainState(jnp.int32(0), key, params, self._optimizer().init(params), moments, hyper)
 
+    def start_from(self, state: TrainState, policy: LearnedPower) -> TrainState:
+        """A state whose actor and standardisation are those of a trained policy; ValueError if it does not fit.
+
+        The standardisation counts as that of as many rollouts as the training has, so that it hardly moves.
+        """
+        env = (self.network.num_blocks, self.network.history, self.network.hidden)
+        own = (policy.config.num_blocks, policy.config.history, policy.config.hidden)
+        require(own == env, "start: (num_blocks, history, hidden)", own, f"{env}, as the environment and PPO have")
+        model = nnx.merge(self.graph, state.params)
+        nnx.update(model.actor, policy.state)
+        count = jnp.float32(self.config.num_updates)
+        moments = Moments(policy.mean, jnp.square(policy.std - STD_FLOOR), count)
+        return dataclasses.replace(state, params=nnx.split(model)[1], moments=moments)
+
     def update(self, state: TrainState, params: EnvParams) -> tuple[TrainState, dict[str, Array]]:
         """One rollout and the epochs over it; metrics are means over the rollout and the minibatches."""
-        config, done = self.config, state.update / self.config.num_updates
-        episode_key, action_key = jax.random.split(jax.random.fold_in(state.key, state.update))
+        config, done = self.config, state.step / self.config.num_updates
+        episode_key, action_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         # Moments from the rollouts before, so that the old log-probabilities stay those of the policy that acted.
         model = nnx.merge(self.graph, state.params)
         rollout = self._rollout(model, state.moments, episode_key, action_key, params)
@@ -158,7 +172,7 @@ class PPO:
 
         (weights, opt_state), metrics = jax.lax.scan(epoch, (state.params, state.opt_state), None, config.epochs)
         metrics = {"return": rollout.returns.mean(), **jax.tree.map(jnp.mean, metrics)}
-        after = TrainState(state.update + 1, state.key, weights, opt_state, moments, state.hyper)
+        after = TrainState(state.step + 1, state.key, weights, opt_state, moments, state.hyper)
         # The first rollout only measures the observations.
         measured = state.moments.count > 0
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(measured, a, b), new, old)  # noqa: E731
@@ -170,7 +184,7 @@ class PPO:
     def policy(self, state: TrainState, params: EnvParams) -> LearnedPower:
         """The actor of a state as a power policy, acting by its mean."""
         graph, weights = nnx.split(nnx.merge(self.graph, state.params).actor)
-        std = jnp.sqrt(state.moments.var) + 1e-3
+        std = jnp.sqrt(state.moments.var) + STD_FLOOR
         return LearnedPower(self.network, graph, weights, state.moments.mean, std, params.table)
 
     def _optimizer(self) -> optax.GradientTransformation:
@@ -311,7 +325,7 @@ def make_ppo(config: PPOConfig, env: PowerControl, params: EnvParams | None = No
 
 
 def _standardise(obs: Float[Array, "*b o"], moments: Moments) -> Float[Array, "*b o"]:
-    return (obs - moments.mean) / (jnp.sqrt(moments.var) + 1e-3)
+    return (obs - moments.mean) / (jnp.sqrt(moments.var) + STD_FLOOR)
 
 
 def _merge(moments: Moments, obs: Float[Array, "t n o"]) -> Moments:

@@ -1,0 +1,163 @@
+"""Tables and plots of the measured power policies."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from megjax.channel import RayleighFading
+from megjax.configs import write_text
+from megjax.power import LearnedPower, causal_optimum, power_problem
+
+COLOURS = {"equal": "C7", "static": "C5", "dp": "k", "clairvoyant": "C2", "ppo": "C0", "waterfilling": "C1"}
+KINDS = ("ppo", "ppo_history")
+
+
+def seed_interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean over seeds and half of its 95 % interval by Student's t; NaN for one seed."""
+    if len(values) < 2:
+        return float(values.mean()), float("nan")
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean()), float(half)
+
+
+def write(frame: pd.DataFrame, args) -> None:
+    """results.parquet, tables.md, policies.png, map.png and learning.png in the output folder."""
+    part = args.output / "results.parquet.part"
+    frame.to_parquet(part, index=False)
+    part.replace(args.output / "results.parquet")
+    write_text(args.output / "tables.md", markdown(frame))
+    draw(frame, args)
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Returns and gains of every policy, and what PPO recovers of the gap to the causal optimum."""
+    lines = []
+    for name, group in frame.groupby("setting", sort=False):
+        levels = sorted(group.snr_db.unique())
+        n, error = int(group.n.iloc[0]), group.standard_error.max()
+        lines += [f"**{name}**: return -sum w / (1 + gamma), n = {n:,} episodes, standard errors up to {error:.4f}", ""]
+        lines += _header(["policy", "causal", *(f"{level:g} dB" for level in levels)])
+        for policy, rows in group.groupby("policy", sort=False):
+            means = rows.groupby("snr_db")["return"].mean()
+            seeds = rows.seed.nunique()
+            label = policy + (f", mean of {seeds} seeds" if policy in KINDS and seeds > 1 else "")
+            causal = "yes" if rows.causal.iloc[0] else "no"
+            lines.append("| " + " | ".join([label, causal, *(f"{means[level]:.4f}" for level in levels)]) + " |")
+        lines += [""] + _learned_lines(group, levels)
+    return "\n".join(lines) + "\n"
+
+
+def _learned_lines(group: pd.DataFrame, levels: list[float]) -> list[str]:
+    rows = group[group.policy.isin(KINDS)]
+    if not len(rows):
+        return []
+    lines = _header(["", *(f"{level:g} dB" for level in levels)])
+    for kind, mine in rows.groupby("policy", sort=False):
+        if "recovered" in mine and mine.recovered.notna().any():
+            label = f"{kind}: share of the gap from {mine.base.iloc[0]} to dp [95 % over {mine.seed.nunique()} seeds]"
+            lines.append(_line(label, mine, "recovered", levels, lambda m, h: f"{100 * m:.1f} % +- {100 * h:.1f}"))
+        for reference in ("equal", "static"):
+            label = f"{kind}: gain over {reference}"
+            lines.append(_line(label, mine, f"over_{reference}", levels, lambda m, h: f"{m:+.4f} +- {h:.4f}"))
+    return [*lines, ""]
+
+
+def _line(label: str, rows: pd.DataFrame, column: str, levels: list[float], text) -> str:
+    cells = [text(*seed_interval(rows[rows.snr_db == level][column].to_numpy())) for level in levels]
+    return "| " + " | ".join([label, *cells]) + " |"
+
+
+def _header(cells: list[str]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |", "|" + " --- |" * len(cells)]
+
+
+def draw(frame: pd.DataFrame, args) -> None:
+    """The three pictures; those that need a trained policy are left out without one."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    _save(plt, _gains(plt, frame), args.output / "policies.png")
+    folders = sorted(args.runs.glob("power-equal-rayleigh-?"))
+    models = [folder for folder in folders if (folder / "model").is_dir()]
+    if models:
+        learned = LearnedPower.from_pretrained(models[0] / "model", args.blocks)
+        _save(plt, _maps(plt, learned, args.blocks), args.output / "map.png")
+        _save(plt, _curves(plt, models), args.output / "learning.png")
+
+
+def _save(plt, figure, path: Path) -> None:
+    part = path.with_suffix(".part")
+    figure.savefig(part, dpi=110, format="png")
+    plt.close(figure)
+    part.replace(path)
+
+
+def _gains(plt, frame: pd.DataFrame):
+    """Reduction of the error against equal power, in per cent, by policy and SNR."""
+    names = list(frame.setting.unique())
+    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.8), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        group = frame[frame.setting == name]
+        equal = group[group.policy == "equal"].set_index("snr_db")["return"]
+        for i, (policy, rows) in enumerate(group.groupby("policy", sort=False)):
+            if policy in ("equal", "waterfilling", "inversion", "waterfilling_clairvoyant"):
+                continue
+            means = rows.groupby("snr_db")["return"].mean()
+            gain = 100 * (1 - means / equal[means.index])
+            style = "--" if not rows.causal.iloc[0] else "-"
+            axis.plot(
+                means.index, gain, style, marker="o", markersize=3, label=policy, color=COLOURS.get(policy, f"C{i}")
+            )
+        axis.set(title=name, xlabel="SNR (dB)", ylabel="error saved against equal power (%)")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def _maps(plt, learned: LearnedPower, num_blocks: int):
+    """Power in the middle block over gain and energy left: the optimum's, PPO's."""
+    levels, block = (-10.0, 0.0, 10.0), num_blocks // 2
+    figure, axes = plt.subplots(2, len(levels), figsize=(4.0 * len(levels), 6.4), layout="constrained")
+    gains, energies = np.geomspace(0.02, 6, 60), np.linspace(0.02, 2.5, 60)
+    grid = jnp.asarray(gains, jnp.float32), jnp.asarray(energies * (num_blocks - block), jnp.float32)
+    optimum = causal_optimum(RayleighFading(), num_blocks)
+    for column, level in enumerate(levels):
+        problem = power_problem(level, num_blocks)
+        shown = {"causal optimum": _powers(optimum, *grid, block, problem)}
+        shown["PPO"] = _powers(learned, *grid, block, problem)
+        top = float(np.quantile(shown["causal optimum"], 0.97))
+        for row, (name, power) in enumerate(shown.items()):
+            axis = axes[row, column]
+            mesh = axis.pcolormesh(gains, energies, np.asarray(power), vmin=0, vmax=top, shading="auto")
+            axis.set(
+                xscale="log", xlabel="gain $|h|^2$", ylabel="energy left / blocks left", title=f"{name}, {level:g} dB"
+            )
+            figure.colorbar(mesh, ax=axis, label=f"power of block {block + 1}")
+    return figure
+
+
+@partial(jax.jit, static_argnames="block")
+def _powers(policy, gains, energies, block: int, problem):
+    """Power [e g] that a policy gives a block."""
+    one = lambda gain, energy: policy.power_at(gain, energy, block, problem)  # noqa: E731
+    return jax.vmap(jax.vmap(one, (0, None)), (None, 0))(gains, energies)
+
+
+def _curves(plt, folders: list[Path]):
+    """Mean return of the training episodes over updates, by seed."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for i, folder in enumerate(folders):
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        axis.plot([r["step"] for r in rows], [r["return"] for r in rows], color=f"C{i}", linewidth=1, label=folder.name)
+    axis.set(xlabel="update", ylabel="mean return over all SNRs, exploring")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    return figure
