@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.measure import ROOT, environment
-from eval.stages import channel, codec
+from eval.stages import channel, codec, power
 from megjax.configs import read_json, require, require_positive_integers, write_json, write_text
 from megjax.runtime import command
 
@@ -27,6 +27,11 @@ its taps and draw Gaussian paths. Sionna has no flat Jakes fading. TDL and Gauss
 Stage `codec` trains the seed codec on random latents: the same network, random links, loss, AdamW with clipping and
 schedule, and parameter average in PyTorch as in megjax. Compilation is the first call less a median one. On a GPU all
 of them multiply in TF32.
+
+Stage `power` counts environment steps, one for each fading block. Every trainer makes one rollout of a whole episode in
+every environment and the same epochs over it, with networks, minibatches and coefficients alike. Rollouts of megjax
+begin all episodes at once; the PureJaxRL-style loop steps an environment that has a new episode ready at every step, as
+gymnax's does, and in a second version is spared that.
 """
 
 
@@ -34,14 +39,19 @@ of them multiply in TF32.
 class Arguments:
     """What to measure and where the results go."""
 
-    stage: tyro.conf.Positional[Literal["channel", "codec", "tables"]]
-    """"channel", "codec" (training of the seed codec), or "tables": docs/benchmarks.md from files under --folder."""
+    stage: tyro.conf.Positional[Literal["channel", "codec", "power", "tables"]]
+    """"channel", "codec" (training of the seed codec), "power" (rollouts and PPO), or "tables": docs/benchmarks.md from
+    files under --folder."""
     batches: tuple[int, ...] = (4_096, 65_536)
-    """Realisations at a time; TDL and the ways to draw Gaussian numbers run at the smallest only."""
+    """Realisations at a time; TDL and the ways to draw Gaussian numbers run at the smallest only. Rollouts of power."""
     preset: Literal["scenes", "tiny"] = "scenes"
     """Codec to train (stage codec)."""
     steps: int = 100
     """Training steps of one call (stage codec)."""
+    envs: tuple[int, ...] = (4_096,)
+    """Environments of PPO (stage power)."""
+    gap_updates: int = 300
+    """Length of the training that is timed to 95 % of the gap to the causal optimum, 0 for none (stage power)."""
     rounds: int = 9
     """Samples of each contender."""
     peers: bool = True
@@ -52,7 +62,8 @@ class Arguments:
 
 def run(args: Arguments) -> None:
     """Measure, print, save; ValueError on bad arguments, before any work."""
-    require_positive_integers(args, "arguments", ("batches", "rounds", "steps"))
+    require_positive_integers(args, "arguments", ("batches", "rounds", "steps", "envs"))
+    require(args.gap_updates >= 0, "--gap-updates", args.gap_updates, "0 or more")
     require(args.rounds >= 3, "--rounds", args.rounds, "3 or more")
     if args.stage == "tables":
         write_tables(args.folder, ROOT / "docs" / "benchmarks.md")
@@ -64,6 +75,10 @@ def run(args: Arguments) -> None:
     about = environment()
     if args.stage == "channel":
         (rows, missing), notes = channel.run(args.batches, args.rounds, args.peers), []
+    elif args.stage == "power":
+        fits = all(num % power.SHAPE["minibatches"] == 0 for num in args.envs)
+        require(fits, "--envs", args.envs, f"multiples of {power.SHAPE['minibatches']}, the minibatches")
+        rows, missing, notes = power.run(args.batches, args.envs, args.gap_updates, args.rounds, args.peers)
     else:
         rows, missing, notes = codec.run(args.preset, args.steps, args.rounds, args.peers)
     result = {**about, "stage": args.stage, "rows": rows, "missing_peers": missing, "notes": notes}
@@ -91,7 +106,7 @@ def cells(row) -> list[str]:
 
 
 COLUMNS = ["implementation", "thousand realisations/s", "first call (s)", "GB/s written", "of copy"]
-LAYOUTS = {"channel": (COLUMNS, cells), "codec": (codec.COLUMNS, codec.cells)}
+LAYOUTS = {"channel": (COLUMNS, cells), "codec": (codec.COLUMNS, codec.cells), "power": (power.COLUMNS, power.cells)}
 
 
 def show(result: dict) -> None:

@@ -1,0 +1,200 @@
+"""Tests of the Gymnasium adapters with the real library, and of stable-baselines3 on them."""
+
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from megjax.power import PowerControl, static_power
+
+gymnasium = pytest.importorskip("gymnasium")
+
+from gymnasium.utils.env_checker import check_env  # noqa: E402
+from gymnasium.vector import AutoresetMode  # noqa: E402
+
+from megjax.power.adapters import GymnasiumPowerControl, GymnasiumVectorPowerControl  # noqa: E402
+
+T = 4
+ENV = PowerControl(T)
+PARAMS = ENV.make_params(snr_db=(0.0, 10.0))
+WEIGHTED = ENV.make_params(snr_db=(0.0, 10.0), weights=np.array([4.0, 2.0, 1.0, 0.5]))
+
+
+def episode(env, actions, seed=None):
+    """Observations, rewards, powers of one episode."""
+    obs, _ = env.reset(seed=seed)
+    rows, rewards, powers = [obs], [], []
+    for action in actions:
+        obs, reward, terminated, truncated, info = env.step(np.float32([action]))
+        rows.append(obs)
+        rewards.append(reward)
+        powers.append(info["power"])
+        assert not truncated
+    assert terminated
+    return np.stack(rows), np.array(rewards), np.array(powers), info["snr_db"]
+
+
+@pytest.fixture(scope="module")
+def single():
+    return GymnasiumPowerControl(ENV, PARAMS)
+
+
+@pytest.fixture(scope="module")
+def weighted():
+    return GymnasiumPowerControl(ENV, WEIGHTED)
+
+
+@pytest.fixture(scope="module")
+def vector():
+    return GymnasiumVectorPowerControl(ENV, PARAMS, 3)
+
+
+def test_gymnasium_accepts_it(single):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*(infinity|spec|normalized).*")
+        check_env(single)
+
+
+def test_action_zero_is_equal_power(single):
+    rows, rewards, powers, snr_db = episode(single, [0.0] * T, seed=3)
+    assert rows.dtype == np.float32 and rows.shape == (T + 1, *single.observation_space.shape)
+    assert powers == pytest.approx(np.ones(T), rel=1e-5)
+    gains = np.exp(rows[:T, 0]) - 1e-4  # the first feature is the gain's logarithm
+    assert rewards == pytest.approx(-1 / (1 + gains * 10 ** (snr_db / 10)), rel=1e-4)
+
+
+def test_action_zero_is_the_plan_of_the_weights(weighted):
+    _, _, powers, snr_db = episode(weighted, [0.0] * T, seed=3)
+    weights = WEIGHTED.weights[0, 0]
+    plan = static_power(WEIGHTED.table, weights / weights.mean(), 10 ** (snr_db / 10), jnp.float32(T))
+    floor = 0.05  # a twentieth of the share left is equal
+    energy, expected = float(T), []
+    for t in range(T):
+        share = (1 - floor) * plan[t] / plan[t:].sum() + floor / (T - t)
+        expected.append(energy * (share if t < T - 1 else 1.0))
+        energy -= expected[-1]
+    assert powers == pytest.approx(np.array(expected), rel=1e-3)
+    assert powers[0] > 1.2 * powers[-1]
+
+
+def test_action_is_the_log_odds_of_the_share(single):
+    actions = [1.0, -2.0, 0.7, 5.0]
+    _, _, powers, _ = episode(single, actions, seed=1)
+    energy, expected = float(T), []
+    for t, a in enumerate(actions):
+        expected.append(energy / (1 + (T - t - 1) * np.exp(-a)))
+        energy -= expected[-1]
+    assert powers == pytest.approx(np.array(expected), rel=1e-4)
+    assert powers.sum() == pytest.approx(T, rel=1e-5)
+
+
+def test_seeds_decide_the_episodes(single):
+    actions = [0.5] * T
+    first, second = episode(single, actions, seed=7), episode(single, actions)
+    again, other = episode(single, actions, seed=7), episode(single, actions, seed=8)
+    assert np.array_equal(first[0], again[0]) and np.array_equal(first[1], again[1])
+    assert np.array_equal(episode(single, actions, seed=7)[0], first[0])
+    assert np.array_equal(episode(single, actions)[0], second[0])
+    assert not np.allclose(first[0][:, 0], second[0][:, 0]) and not np.allclose(first[0][:, 0], other[0][:, 0])
+    fresh = GymnasiumPowerControl(ENV, PARAMS, seed=7)
+    assert np.array_equal(episode(fresh, actions)[0], first[0])
+
+
+def test_vector_of_environments_is_the_environment(vector):
+    obs, infos = vector.reset(seed=5)
+    assert vector.observation_space.contains(obs) and infos["snr_db"].shape == (3,)
+    first = obs
+    rng = np.random.default_rng(0)
+    states = jax.vmap(ENV.reset, (0, None))(vector_keys(vector), PARAMS)[1]
+    for t in range(T):
+        actions = rng.standard_normal((3, 1)).astype(np.float32)
+        obs, rewards, terminations, truncations, infos = vector.step(actions)
+        left = T - t - 1
+        share = 1 / (1 + left * np.exp(-actions[:, 0]))
+        expected, states, reward, _, _ = jax.vmap(ENV.step_env)(states, jnp.asarray(share))
+        assert rewards == pytest.approx(np.asarray(reward), rel=1e-4)
+        assert vector.observation_space.contains(obs) and rewards.dtype == np.float32
+        assert not truncations.any() and terminations.all() == (t == T - 1)
+        if t < T - 1:
+            assert obs == pytest.approx(np.asarray(expected), rel=1e-3, abs=1e-4)
+            assert infos["power"] == pytest.approx(np.asarray(states.power[:, t]), rel=1e-4)
+            assert "final_obs" not in infos
+    assert np.stack(list(infos["final_obs"])) == pytest.approx(np.asarray(expected), rel=1e-3, abs=1e-3)
+    assert infos["_final_obs"].all() and infos["final_info"]["power"].shape == (3,)
+    assert not np.allclose(obs, first)  # the next episodes have begun
+    after, *_ = vector.step(np.zeros((3, 1), np.float32))
+    assert not np.allclose(after, obs)
+    assert np.array_equal(vector.reset(seed=5)[0], first)
+
+
+def vector_keys(vector):
+    return jax.random.split(jax.random.fold_in(vector._episodes.key, vector._episodes.count), 3)
+
+
+def test_vector_says_how_it_resets(vector):
+    assert vector.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    assert vector.action_space.shape == (3, 1) and vector.single_action_space.shape == (1,)
+    vector.reset(seed=0)
+    wrapped = gymnasium.wrappers.vector.RecordEpisodeStatistics(vector)
+    wrapped.reset(seed=0)
+    total = np.zeros(3)
+    for _ in range(T):
+        _, rewards, _, _, infos = wrapped.step(np.zeros((3, 1), np.float32))
+        total += rewards
+    statistics = infos.get("episode") or infos["final_info"]["episode"]
+    assert statistics["r"] == pytest.approx(total, rel=1e-5)
+    assert (statistics["l"] == T).all()
+
+
+def test_bad_use_is_told(single, vector):
+    fresh = GymnasiumPowerControl(ENV, PARAMS)
+    with pytest.raises(gymnasium.error.ResetNeeded, match="reset"):
+        fresh.step(np.zeros(1, np.float32))
+    with pytest.raises(gymnasium.error.ResetNeeded, match="reset"):
+        GymnasiumVectorPowerControl(ENV, PARAMS, 2).step(np.zeros((2, 1), np.float32))
+    episode(single, [0.0] * T, seed=0)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        single.step(np.zeros(1, np.float32))
+    single.reset(seed=0)
+    vector.reset(seed=0)
+    with pytest.raises(ValueError, match="action"):
+        single.step(np.float32([np.nan]))
+    with pytest.raises(ValueError, match=r"action.*\(3, 1\)"):
+        vector.step(np.zeros(3, np.float32))
+    with pytest.raises(ValueError, match="options"):
+        single.reset(options={"snr_db": 3})
+    with pytest.raises(ValueError, match="num_envs"):
+        GymnasiumVectorPowerControl(ENV, PARAMS, 0)
+
+
+def test_without_gymnasium_the_rest_works():
+    code = """
+import sys
+sys.modules["gymnasium"] = None
+import megjax.power
+try:
+    import megjax.power.adapters
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "megjax.power.adapters needs gymnasium: pip install gymnasium"
+
+
+def test_stable_baselines3_trains_on_it():
+    pytest.importorskip("stable_baselines3")
+    from eval.peers.sb3_power import make_agent
+
+    agent = make_agent(ENV, PARAMS, num_envs=8, num_steps=2 * T, epochs=2, minibatches=4, hidden=(8,))
+    before = [p.detach().clone() for p in agent.policy.parameters()]
+    agent.learn(2 * 8 * 2 * T)
+    assert agent.num_timesteps == 2 * 8 * 2 * T
+    assert any(bool((a != b.detach()).any()) for a, b in zip(before, agent.policy.parameters(), strict=True))
+    starts = agent.rollout_buffer.episode_starts
+    assert np.array_equal(starts, np.tile(np.arange(2 * T)[:, None] % T == 0, (1, 8)))  # episodes of T steps
+    assert (agent.rollout_buffer.rewards < 0).all()
