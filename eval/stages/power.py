@@ -243,6 +243,6 @@ def gap_note(config: PPOConfig, gap: Gap) -> str:
         return f"With {training}, one policy for all SNRs ended at {shares} % of {where}, after {gap.seconds:.1f} s."
     steps, total = gap.updates * config.num_envs * NUM_BLOCKS, gap.seconds + gap.compilation_s
     return (
-        f"Time to {100 * GAP_SHARE:.0f} % of {where}, one policy for all SNRs: {gap.seconds:.1f} s, {total:.1f} s with compilation "
-        f"({gap.updates} updates, {steps:,} steps, then {shares} %; {training})."
+        f"Time to {100 * GAP_SHARE:.0f} % of {where}, one policy for all SNRs: {gap.seconds:.1f} s, {total:.1f} s with "
+        f"compilation ({gap.updates} updates, {steps:,} steps, then {shares} %; {training})."
     )
