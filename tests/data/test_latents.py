@@ -8,78 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from megjax.data import latents, scenes
-from megjax.diffusion.clip import CLIPTextConfig, CLIPTextModel
-from megjax.diffusion.generation import Graphs
-from megjax.diffusion.layers import ShapeRngs
-from megjax.diffusion.pipeline import Configs, StableDiffusion
-from megjax.diffusion.schedules import SchedulerConfig
-from megjax.diffusion.tokenization import train_tokenizer
-from megjax.diffusion.unet import UNet2DConditionModel, UNetConfig
-from megjax.diffusion.vae import AutoencoderKL, VAEConfig
+from megjax.data import latents
+from megjax.diffusion.pipeline import StableDiffusion
 
-LIMIT, SIZE, SHARD = 12, 8, 4
+SIZE, SHARD = 8, 4
 COLOURS = ("red", "green", "blue", "white", "black", "pink", "grey", "brown", "gold")
 PROMPTS = [f"a {colour} house" for colour in COLOURS]
 SETTINGS = {"seed": 3, "num_steps": 2, "guidance_scale": 3.0, "shard_size": SHARD}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compile():
-    """Tiny models compile longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def random_params(make, rng):
-    """Graph and parameters of `make()`, standard deviation the inverse root of the fan-in."""
-    graph, abstract = nnx.split(nnx.eval_shape(make))
-
-    def fill(leaf):
-        return jnp.asarray(rng.standard_normal(leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1])), jnp.float32)
-
-    return graph, jax.tree.map(fill, abstract)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The smallest of models, with random weights."""
-    tokens = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = train_tokenizer(PROMPTS * 5, tokens, vocab_size=600, max_tokens=LIMIT)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=LIMIT,
-    )
-    unet = UNetConfig(
-        sample_size=SIZE,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        attention_head_dim=2,
-    )
-    vae = VAEConfig(block_out_channels=(8,), norm_num_groups=4)
-    scheduler = SchedulerConfig("ddim", beta_schedule="scaled_linear", steps_offset=1, clip_sample=False)
-    rng = np.random.default_rng(0)
-    parts = {
-        "text_encoder": random_params(lambda: CLIPTextModel(text, rngs=ShapeRngs()), rng),
-        "unet": random_params(lambda: UNet2DConditionModel(unet, rngs=ShapeRngs()), rng),
-        "vae": random_params(lambda: AutoencoderKL(vae, rngs=ShapeRngs()), rng),
-    }
-    graphs = Graphs(**{name: pair[0] for name, pair in parts.items()}, scaling_factor=vae.scaling_factor)
-    params = {name: pair[1] for name, pair in parts.items()}
-    return StableDiffusion(Configs(text, unet, vae, scheduler), graphs, params, tokenizer)
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 def with_params(model, change):
@@ -88,39 +27,6 @@ def with_params(model, change):
     other = StableDiffusion(model.configs, model.graphs, params, model.tokenizer)
     other._latents, other._encode = model._latents, model._encode
     return other
-
-
-@pytest.fixture
-def calls(model, monkeypatch):
-    """The number of latents that each call of any model has made in this test."""
-    made = []
-
-    def count(function):
-        def counted(self, *arguments, **options):
-            results = function(self, *arguments, **options)
-            made.append(len(results))
-            return results
-
-        return counted
-
-    for name in ("generate_latents", "encode"):
-        monkeypatch.setattr(StableDiffusion, name, count(getattr(StableDiffusion, name)))
-    return made
-
-
-@pytest.fixture(scope="module")
-def cached(model, tmp_path_factory):
-    """Folder of a cache of all prompts, three shards, and what `generate` returned; not to be changed."""
-    folder = tmp_path_factory.mktemp("cache")
-    return folder, latents.generate(model, PROMPTS, folder, **SETTINGS)
-
-
-@pytest.fixture
-def cache(cached, tmp_path):
-    """A copy of that folder, to damage."""
-    for path in cached[0].iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return tmp_path
 
 
 def contents(folder):
@@ -404,75 +310,3 @@ def test_the_digest_depends_on_every_tensor_and_on_the_schedule(model):
     configs = dataclasses.replace(model.configs, scheduler=scheduler)
     digests.add(latents.model_digest(StableDiffusion(configs, model.graphs, model.params, model.tokenizer)))
     assert len(digests) == 2 + len(range(0, len(leaves), 10))
-
-
-def test_each_device_takes_a_part():
-    values = np.arange(6.0)
-    placed = latents.over_devices(6)(values)
-    np.testing.assert_array_equal(placed, values)
-    assert placed.sharding.device_set == set(jax.local_devices())
-
-
-def draw(key, batch):
-    return jax.random.uniform(key, (batch, SIZE, SIZE, 3))
-
-
-def test_encoded_images(model, calls, tmp_path):
-    settings = {"source": "noise", "seed": 7, "shard_size": SHARD}
-    z = latents.encode(model, draw, 6, tmp_path, **settings)
-    assert z.shape == (6, SIZE, SIZE, 4) and calls == [SHARD] * 2
-    keys = [jax.random.fold_in(jax.random.key(7), shard) for shard in range(2)]
-    direct = np.concatenate([model.encode(draw(key, SHARD)) for key in keys])
-    np.testing.assert_allclose(z, direct[:6], atol=1e-6 * np.abs(z).max())
-    np.testing.assert_array_equal(latents.load(tmp_path)[:6], z)
-
-    calls.clear()
-    latents.shard_path(tmp_path, 0).unlink()
-    np.testing.assert_array_equal(latents.encode(model, draw, 6, tmp_path, **settings), z)
-    assert calls == [SHARD]
-    np.testing.assert_array_equal(latents.encode(model, draw, 5, tmp_path, **settings), z[:5])
-    np.testing.assert_array_equal(latents.encode(model, draw, 8, tmp_path, **settings)[:6], z)
-    assert calls == [SHARD]
-    np.testing.assert_array_equal(latents.encode(model, draw, 9, tmp_path, **settings)[:6], z)
-    assert calls == [SHARD] * 2
-
-    other = with_params(model, lambda x: x + np.float32(1))
-    cases = ((model, {"source": "art"}, "source"), (model, {"seed": 8}, "seed"), (other, {}, "model"))
-    for pipe, changes, name in cases:
-        with pytest.raises(ValueError, match=f"was made with another {name};"):
-            latents.encode(pipe, draw, 6, tmp_path, **settings | changes)
-    with pytest.raises(ValueError, match="was made with another num_steps|was made with another guidance_scale"):
-        latents.generate(model, PROMPTS, tmp_path, **SETTINGS)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"num": 0}, "num is 0"),
-        ({"shard_size": 0}, "shard_size is 0"),
-        ({"seed": -1}, "seed is -1"),
-        ({"source": " "}, "source is ' '"),
-        ({"draw": lambda key, batch: draw(key, batch + 1)}, r"shape is \(5, 8, 8, 4\); it must be \(4, h, w, c\)"),
-        ({"draw": lambda key, batch: jnp.nan * draw(key, batch)}, "NaN or infinite is 1024"),
-    ],
-)
-def test_bad_encoding_is_refused(model, tmp_path, changes, message):
-    settings = {"draw": draw, "num": 6, "source": "noise", "shard_size": SHARD} | changes
-    with pytest.raises(ValueError, match=message):
-        latents.encode(model, folder=tmp_path, **settings)
-    assert contents(tmp_path) == {}
-
-
-def test_captions_depend_on_seed_and_index_only():
-    captions = latents.scene_captions(40, seed=1)
-    assert captions[:3] == latents.scene_captions(3, seed=1)
-    assert captions != latents.scene_captions(40, seed=2)
-    assert len(set(captions)) > 30
-    assert captions != latents.scene_captions(40, seed=1, split="held_out")
-    assert all(scenes.parse_caption(caption).objects for caption in captions)
-
-
-def test_bad_captions_are_refused():
-    for arguments, message in (((0,), "num is 0"), ((3, -1), "seed is -1"), ((3, 0, "test"), "split must be one of")):
-        with pytest.raises(ValueError, match=message):
-            latents.scene_captions(*arguments)
