@@ -31,7 +31,8 @@ of them multiply in TF32.
 Stage `power` counts environment steps, one for each fading block. Every trainer makes one rollout of a whole episode in
 every environment and the same epochs over it, with networks, minibatches and coefficients alike. Rollouts of megjax
 begin all episodes at once; the PureJaxRL-style loop steps an environment that has a new episode ready at every step, as
-gymnax's does, and in a second version is spared that.
+gymnax's does, and in a second version is spared that. stable-baselines3 runs on one thread or on all, whichever is
+faster.
 """
 
 
@@ -50,7 +51,7 @@ class Arguments:
     """Training steps of one call (stage codec)."""
     envs: tuple[int, ...] = (4_096,)
     """Environments of PPO (stage power)."""
-    gap_updates: int = 300
+    gap_updates: int = 150
     """Length of the training that is timed to 95 % of the gap to the causal optimum, 0 for none (stage power)."""
     rounds: int = 9
     """Samples of each contender."""

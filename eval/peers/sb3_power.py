@@ -1,8 +1,10 @@
 """Power control trained by stable-baselines3's PPO on the vector adapter; importing this needs stable-baselines3."""
 
+import time
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
@@ -79,7 +81,21 @@ def make_agent(
     )
 
 
-def training(env: PowerControl, params: EnvParams, num_envs: int, num_steps: int, **shape) -> Callable[[], PPO]:
-    """A call that makes one rollout of `num_steps` in every environment and the epochs over it."""
+def training(env: PowerControl, params: EnvParams, num_envs: int, num_steps: int, **shape) -> Callable[[], float]:
+    """A call that makes one rollout of `num_steps` in every environment and the epochs over it.
+
+    It runs on one thread or on PyTorch's default number, whichever is faster: threads that wait for each other at every
+    small operation are many times slower than one where other programs want the cores too.
+    """
     agent = make_agent(env, params, num_envs, num_steps, **shape)
-    return lambda: agent.learn(num_envs * num_steps, reset_num_timesteps=False)
+
+    def update(threads: int) -> float:
+        before, start = torch.get_num_threads(), time.perf_counter()
+        torch.set_num_threads(threads)
+        agent.learn(num_envs * num_steps, reset_num_timesteps=False)
+        torch.set_num_threads(before)
+        return time.perf_counter() - start
+
+    update(1)
+    best = min((1, torch.get_num_threads()), key=update)
+    return lambda: update(best)
