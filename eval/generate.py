@@ -26,6 +26,7 @@ from megjax.diffusion.layout import locate
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.metrics import SceneNet, psnr, ssim
 from megjax.metrics.scenenet import caption_accuracy, predict
+from megjax.power import Policy, make_policy
 from megjax.runtime import check_seed, command
 from megjax.system import NUM_BLOCKS, SCHEMES, SourceStatistics, num_symbols, send_image, send_latent, send_seed
 from megjax.units import check_snr_db
@@ -51,6 +52,9 @@ class Arguments:
     """Codec of the seed: "scenes" (bundled) or a folder that train.codec wrote; default: the model's, if it has one."""
     rate: float = 4.0
     """Compression ratio r of the seed, which has 1 / r of the latent's symbols."""
+    policy: str = "codec"
+    """Power of the blocks: equal, static, codec (the seed's own load, else equal), inversion, waterfilling,
+    waterfilling_clairvoyant, clairvoyant, dp or ppo."""
     seed: int = 0
     """Seed of the images and of the channel."""
     output: Path = Path("outputs/demo")
@@ -79,28 +83,47 @@ def find_codec(args: Arguments, folder: Path, latent_shape: tuple[int, ...]) -> 
     return codec
 
 
+FADING = RayleighFading()
+
+
+def seed_weights(codec: SeedCodec | None, policy: Policy | None, symbols: dict, snr_db) -> np.ndarray:
+    """Importance of the seed's blocks [s t] at every SNR; ones where nothing asks for it."""
+    if codec is None or policy is None:
+        return np.ones((len(snr_db), NUM_BLOCKS), np.float32)
+    return np.stack([codec.block_weights(symbols["seed"], float(level), NUM_BLOCKS) for level in snr_db])
+
+
 def receive(
-    pipe: StableDiffusion, statistics: SourceStatistics, codec: SeedCodec | None, symbols: dict, key, latents, snr_db
+    pipe: StableDiffusion,
+    statistics: SourceStatistics,
+    codec: SeedCodec | None,
+    policy: Policy | None,
+    symbols: dict,
+    key,
+    latents,
+    snr_db,
 ) -> dict:
     """Images on the device by scheme, [s b H W 3]; image i sees the same gains under every scheme and SNR."""
-    fading = RayleighFading()
+    weights = seed_weights(codec, policy, symbols, snr_db)
     images = pipe.decode(latents)
     state = None if codec is None else codec.state
 
-    def link(state, i, latent, image, snr):
+    def link(state, policy, i, latent, image, snr, weights):
         image_key = jax.random.fold_in(key, i)
         sent = {
-            "latent": send_latent(image_key, latent, statistics, fading, snr),
-            "centralized": send_image(jax.random.clone(image_key), image, statistics, fading, snr),
+            "latent": send_latent(image_key, latent, statistics, FADING, snr, policy=policy),
+            "centralized": send_image(jax.random.clone(image_key), image, statistics, FADING, snr, policy=policy),
         }
         if codec is not None:
             network, count = nnx.merge(codec.graph, state), symbols["seed"]
-            sent["seed"] = send_seed(jax.random.clone(image_key), latent, network, fading, snr, count)
+            power = {"policy": policy, "weights": weights}
+            sent["seed"] = send_seed(jax.random.clone(image_key), latent, network, FADING, snr, count, **power)
         return sent
 
-    over_images = jax.vmap(link, (None, 0, 0, 0, None))
-    over_snrs = jax.jit(jax.vmap(over_images, (None, None, None, None, 0)))
-    sent = over_snrs(state, jnp.arange(len(latents)), latents, images, jnp.asarray(snr_db, jnp.float32))
+    over_images = jax.vmap(link, (None, None, 0, 0, 0, None, None))
+    over_snrs = jax.jit(jax.vmap(over_images, (None, None, None, None, None, 0, 0)))
+    levels = jnp.asarray(snr_db, jnp.float32), jnp.asarray(weights)
+    sent = over_snrs(state, policy, jnp.arange(len(latents)), latents, images, *levels)
 
     def decode(received):
         return pipe.decode(received.reshape(-1, *latents.shape[1:])).reshape(len(snr_db), *images.shape)
@@ -163,7 +186,7 @@ def draw(path: Path, prompts, snr_db, reference, received: dict, symbols: dict) 
 def show(rows: list[dict], folder: Path) -> None:
     """Print the mean over prompts of each scheme and SNR, and where the files are."""
     frame = pd.DataFrame(rows).astype({"caption_accuracy": float})
-    title = f"means over {frame.prompt.nunique()} prompts, one channel realisation each, equal power per symbol"
+    title = f"means over {frame.prompt.nunique()} prompts, one channel realisation each, mean power 1"
     table = Table("scheme", "symbols", "SNR (dB)", "PSNR (dB)", "SSIM", "caption accuracy", title=title)
     means = frame.groupby(["scheme", "num_symbols", "snr_db"], sort=False).mean(numeric_only=True).reset_index()
     for row in means.itertuples():
@@ -188,6 +211,7 @@ def run(args: Arguments) -> list[dict]:
     pipe = StableDiffusion.from_pretrained(folder)
     pipe.sampler(args.sampler, args.steps)
     codec = find_codec(args, folder, pipe.latent_shape())
+    policy = make_policy(args.policy, FADING, NUM_BLOCKS)
     schemes = [scheme for scheme in SCHEMES if scheme != "seed" or codec is not None]
     symbols = {name: num_symbols(name, (*pipe.image_size, 3), pipe.latent_shape(), args.rate) for name in schemes}
     fills = min(symbols.values()) >= NUM_BLOCKS
@@ -203,7 +227,7 @@ def run(args: Arguments) -> list[dict]:
     )
     reference = pipe.decode(latents).block_until_ready()
     print(f"{len(args.prompts)} images generated in {time.perf_counter() - started:.1f} s, compilation included")
-    received = receive(pipe, statistics, codec, symbols, channel_key, latents, snr_db)
+    received = receive(pipe, statistics, codec, policy, symbols, channel_key, latents, snr_db)
     rows = score(scenenet, args.prompts, snr_db, reference, received, symbols)
     write_json(args.output / "metrics.json", rows)
     draw(args.output / "grid.png", args.prompts, snr_db, reference, received, symbols)

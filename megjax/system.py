@@ -18,6 +18,7 @@ from megjax.configs import from_mapping, read_json, require, write_json
 from megjax.diffusion import generation
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.metrics import psnr
+from megjax.power import Policy, Problem
 from megjax.units import db_to_linear, noise_var_from_snr_db
 
 SCHEMES = ("centralized", "latent", "seed")
@@ -84,18 +85,21 @@ def send_values(
     snr_db: Float[ArrayLike, ""],
     num_blocks: int = NUM_BLOCKS,
     mapping: str = "interleaved",
+    policy: Policy | None = None,
 ) -> Float[Array, "*d c"]:
-    """Analog transmission at equal power, p_t = 1, of values with these per-channel constants; LMMSE-received.
+    """Analog transmission at mean power P = 1 of values with these per-channel constants; LMMSE-received.
 
-    One realisation: `key` gives the gains of `num_blocks` fading blocks and the noise, so two schemes that are given
-    the same key see the same gains. 1 / sigma^2 is `snr_db`.
+    Blocks have equal power, or what `policy` gives equally important ones. One realisation: `key` gives the gains of
+    `num_blocks` fading blocks and the noise, so two schemes that are given the same key see the same gains. 1 / sigma^2
+    is `snr_db`.
     """
     fading_key, noise_key = jax.random.split(key)
     mean, std = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), values.shape) for x in (mean, std))
     symbols = pack(((values - mean) / std).reshape(-1), num_blocks, mapping)
     gains = fading.sample(fading_key, num_blocks)
-    power = jnp.ones(num_blocks)
     noise_var = noise_var_from_snr_db(snr_db)
+    equal = jnp.ones(num_blocks)
+    power = _powers(policy, gains, noise_var, equal, equal)
     received = transmit(noise_key, symbols, gains, power, noise_var)
     estimate = unpack(equalize_lmmse(received, gains, power, noise_var), values.size, mapping)
     return estimate.reshape(values.shape) * std + mean
@@ -108,10 +112,11 @@ def send_image(
     fading: Fading,
     snr_db: Float[ArrayLike, ""],
     num_blocks: int = NUM_BLOCKS,
+    policy: Policy | None = None,
 ) -> Float[Array, "h w c"]:
     """Scheme `centralized`, analog: the server finishes the image and sends its pixels; the result is in [0, 1]."""
     mean, std = np.array(statistics.pixel_mean), np.array(statistics.pixel_std)
-    return jnp.clip(send_values(key, image, mean, std, fading, snr_db, num_blocks), 0.0, 1.0)
+    return jnp.clip(send_values(key, image, mean, std, fading, snr_db, num_blocks, policy=policy), 0.0, 1.0)
 
 
 def send_latent(
@@ -121,10 +126,19 @@ def send_latent(
     fading: Fading,
     snr_db: Float[ArrayLike, ""],
     num_blocks: int = NUM_BLOCKS,
+    policy: Policy | None = None,
 ) -> Float[Array, "h w c"]:
     """Scheme `latent`: the server sends the raw latent, which the device is left to decode."""
     mean, std = np.array(statistics.latent_mean), np.array(statistics.latent_std)
-    return send_values(key, latent, mean, std, fading, snr_db, num_blocks)
+    return send_values(key, latent, mean, std, fading, snr_db, num_blocks, policy=policy)
+
+
+def _powers(policy: Policy | None, gains, noise_var, weights, default) -> Float[Array, " t"]:
+    """Power of the blocks by a policy at mean power 1; `default` [t] without one."""
+    if policy is None:
+        return default
+    problem = Problem(1 / noise_var, weights, jnp.float32(gains.shape[0]), jnp.float32(jnp.inf))
+    return policy.allocate(squared_magnitude(gains), problem)
 
 
 def send_seed(
@@ -136,17 +150,22 @@ def send_seed(
     num_symbols: int,
     num_blocks: int = NUM_BLOCKS,
     mapping: str = "ordered",
+    policy: Policy | None = None,
+    weights: Float[Array, " t"] | None = None,
 ) -> Float[Array, "h w c"]:
-    """Scheme `seed`: the server sends the first K symbols of the codec's code, at mean power P = 1, loaded as it asks.
+    """Scheme `seed`: the server sends the first K symbols of the codec's code, at mean power P = 1.
 
-    One realisation; `key` gives the same gains as in `send_values`. ValueError for a bad number of symbols or mapping.
+    Blocks are loaded as the codec asks, or as `policy` does for their `weights` (all 1 unless given). One realisation;
+    `key` gives the same gains as in `send_values`. ValueError for a bad number of symbols or mapping.
     """
     fading_key, noise_key = jax.random.split(key)
     values = network.encode(latent[None], snr_db, num_symbols)[0]
     spending = link.spending(network.spend(snr_db, num_symbols), num_symbols, num_blocks, mapping)
     gains = fading.sample(fading_key, num_blocks)
     noise_var = noise_var_from_snr_db(snr_db)
-    received = link.send_code(noise_key, values, spending, gains, spending.load, noise_var, num_symbols, mapping)
+    weights = jnp.ones(num_blocks) if weights is None else weights
+    power = _powers(policy, gains, noise_var, weights, spending.load)
+    received = link.send_code(noise_key, values, spending, gains, power, noise_var, num_symbols, mapping)
     levels = (jnp.full(1, snr_db, jnp.float32), jnp.full(1, num_symbols))
     return network.decode(received.estimate[None], received.snr[None], *levels)[0]
 

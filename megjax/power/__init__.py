@@ -4,6 +4,7 @@ from megjax.power.actor_critic import ActorCriticConfig, LearnedPower
 from megjax.power.dp import CausalOptimum, causal_optimum
 from megjax.power.environment import EnvParams, EnvState, PowerControl
 from megjax.power.laws import GainLaw, gain_law, load_table, static_power
+from megjax.power.named import POLICIES, make_policy
 from megjax.power.policies import (
     ChannelInversion,
     Clairvoyant,
@@ -30,6 +31,7 @@ __all__ = [
     "Hyperparameters",
     "LearnedPower",
     "LoadedPower",
+    "POLICIES",
     "PPO",
     "PPOConfig",
     "Policy",
@@ -40,6 +42,7 @@ __all__ = [
     "causal_optimum",
     "gain_law",
     "load_table",
+    "make_policy",
     "make_ppo",
     "power_problem",
     "static_power",

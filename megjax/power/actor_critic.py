@@ -20,7 +20,7 @@ from megjax.power.problem import Problem, check_gains
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 ASSETS = Path(__file__).parent.parent / "assets"
 BUNDLED = ("scenes",)
-LOG_STD_RANGE = (float(np.log(0.2)), 1.5)
+LOG_STD_RANGE = (float(np.log(0.25)), 1.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +73,14 @@ class Actor(nnx.Module):
     """
 
     def __init__(self, config: ActorCriticConfig, rngs: nnx.Rngs):
-        self.network = MLP(observation_size(config.num_blocks, config.history), config.hidden, 2, rngs)
+        size, zeros = observation_size(config.num_blocks, config.history), nnx.initializers.zeros
+        self.network = MLP(size, config.hidden, 2, rngs)
+        self.skip = nnx.Linear(size, 1, use_bias=False, kernel_init=zeros, rngs=rngs)
         self.log_std = nnx.Param(jnp.full((), np.log(config.initial_std), jnp.float32))
 
     def __call__(self, obs: Float[Array, "*b o"]) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
         out = self.network(obs)
-        return out[..., 0], jnp.clip(self.log_std[...] + out[..., 1], *LOG_STD_RANGE)
+        return out[..., 0] + self.skip(obs)[..., 0], jnp.clip(self.log_std[...] + out[..., 1], *LOG_STD_RANGE)
 
 
 class ActorCritic(nnx.Module):

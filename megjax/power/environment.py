@@ -268,18 +268,21 @@ class Features(NamedTuple):
     """What can be said of the blocks before energies are known: `fixed` [t f], and what `observation` needs [t] each.
 
     `share` is the plan's share of the energy left, `planned` the energy that the plan has left, `slope` the SNR that a
-    unit of energy brings, spread over the blocks left.
+    unit of energy brings, spread over the blocks left; `log_gain` and `left` are the known gain's logarithm and the
+    number of blocks from this one on.
     """
 
     fixed: Float[Array, "t f"]
     share: Float[Array, " t"]
     planned: Float[Array, " t"]
     slope: Float[Array, " t"]
+    log_gain: Float[Array, " t"]
+    left: Float[Array, " t"]
 
 
 def observation_size(num_blocks: int, history: int) -> int:
     """Number of features of `observation`."""
-    return 6 + num_blocks + history
+    return 8 + num_blocks + history
 
 
 def episode_features(known: Float[Array, " t"], problem: Problem, plan: Float[Array, " t"], history: int) -> Features:
@@ -306,15 +309,24 @@ def episode_features(known: Float[Array, " t"], problem: Problem, plan: Float[Ar
     if history:
         back = blocks[:, None] - 1 - np.arange(history)[None]
         parts.append(jnp.where(back >= 0, log_gains[np.maximum(back, 0)], 0.0))
-    return Features(jnp.concatenate(parts, axis=1), share, planned + 1e-6 * problem.energy, problem.snr / left)
+    planned = planned + 1e-6 * problem.energy
+    return Features(jnp.concatenate(parts, axis=1), share, planned, problem.snr / left, log_gains, left)
 
 
 def observation(row: Features, energy: Float[Array, ""]) -> Float[Array, " o"]:
-    """What a policy's network sees [6 + T + history] in a block: its row of the features, and two of the energy left.
+    """What a policy's network sees [8 + T + history] in a block: its row of the features, and four of the energy left.
 
-    Those are ln of the mean SNR that it still allows, 1 more inside, and ln of the energy over the planned.
+    Those are ln of the mean SNR that it still allows, 1 more inside; ln of the energy over the planned; how a greedy
+    transmitter would depart from the plan's power p, were the price of energy what the plan's blocks make of it: ln of
+    the ratio r of the worth of the first unit of power here to that price, halved, and ln of the greedy power over
+    p, (r^1/2 - 1) / (g p snr). The price is that of Rayleigh fading, E[g / (1 + x g)^2] at x = p snr, by the
+    approximation 1 / ((1 + 3 x) (1 + x / 4)).
     """
-    own = [jnp.log1p(energy * row.slope) / 2, jnp.log(energy / row.planned + 1e-3)]
+    allowed = jnp.log1p(energy * row.slope) / 2
+    snr = row.share * energy * row.slope * row.left
+    log_ratio = 0.5 * (row.log_gain + jnp.log1p(3 * snr) + jnp.log1p(snr / 4))
+    greedy = jnp.maximum(jnp.expm1(log_ratio), 0.0) / (jnp.exp(row.log_gain) * snr + 1e-6)
+    own = [allowed, jnp.log(energy / row.planned + 1e-3), log_ratio, jnp.log(greedy + 0.02)]
     return jnp.concatenate([row.fixed, jnp.stack(own)])
 
 

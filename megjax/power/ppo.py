@@ -30,10 +30,10 @@ _LOG_2PI = float(np.log(2 * np.pi))
 class Hyperparameters(NamedTuple):
     """What may be vmapped over: rates and coefficients at the first update; each falls as `PPOConfig` says."""
 
-    learning_rate: Float[Array, ""] = 2e-3
+    learning_rate: Float[Array, ""] = 6e-3
     clip: Float[Array, ""] = 0.2
     entropy: Float[Array, ""] = 1e-3
-    gae_lambda: Float[Array, ""] = 0.95
+    gae_lambda: Float[Array, ""] = 0.7
     value_weight: Float[Array, ""] = 0.5
 
 
@@ -50,9 +50,9 @@ class PPOConfig:
     """
 
     num_envs: int = 4096
-    num_updates: int = 300
+    num_updates: int = 200
     epochs: int = 4
-    minibatches: int = 8
+    minibatches: int = 16
     hidden: tuple[int, ...] = (64, 64)
     asymmetric: bool = True
     relative: bool = True
