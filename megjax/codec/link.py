@@ -42,7 +42,7 @@ def check_symbols(num_symbols: int, num_values: int, num_blocks: int) -> None:
     require(valid, "num_symbols", num_symbols, allowed)
 
 
-def symbols_at_rate(rate: float, num_values: int) -> int:
+def symbols_at_rate(rate: int | float, num_values: int) -> int:
     """K = hwc / (2 r), rounded to the nearest integer; ValueError for a rate that gives no symbol or is below 1."""
     valid = isinstance(rate, int | float) and 1 <= rate <= num_values
     require(valid, "rate", rate, f"a number from 1 to {num_values}, which is one symbol")

@@ -78,7 +78,7 @@ class SeedCodec:
         """[h w c] of the latents."""
         return self.config.latent_shape
 
-    def num_symbols(self, rate: float) -> int:
+    def num_symbols(self, rate: int | float) -> int:
         """Complex channel uses at compression ratio `rate`, K = hwc / (2 r)."""
         return link.symbols_at_rate(rate, self.config.num_values)
 

@@ -30,7 +30,7 @@ def arguments(tiny_model, tmp_path_factory):
         held_out=folder / "held_out",
         training=folder / "training",
         num=24,
-        num_training=100,
+        num_training=1000,  # enough for the covariance of 64 reals
         steps=1,
         snr_db=(0.0, 10.0),
         rates=(1.0, 4.0),
