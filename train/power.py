@@ -77,7 +77,7 @@ def main(args: Arguments) -> None:
         env, params = recipe.environment()
     else:
         codec = SeedCodec.from_pretrained(args.weights)
-        env, params = recipe.environment(codec_weights(codec, args.blocks), GRID_DB)
+        env, params = recipe.environment(codec_weights(codec, args.blocks), np.array(GRID_DB))
     name = f"power-{Path(args.weights).name}-{args.fading}-{args.seed}"
     folder = args.folder or Path("runs") / (name + (f"-history{args.history}" if args.history else ""))
     policy = train_power(recipe, env, params, folder)

@@ -143,7 +143,7 @@ class LearnedPower:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG_NAME, dataclasses.asdict(self.config))
         part = folder / (WEIGHTS_NAME + ".part")
-        part.write_bytes(save({name: np.ascontiguousarray(x) for name, x in self._tensors().items()}))
+        part.write_bytes(save({name: np.array(x) for name, x in self._tensors().items()}))
         part.replace(folder / WEIGHTS_NAME)
 
     def _tensors(self) -> dict[str, Array]:
@@ -168,7 +168,7 @@ class LearnedPower:
         try:
             with safe_open(path, framework="np") as file:
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, TypeError) as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
         problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
         problems += [f"{name} is unknown" for name in sorted(found.keys() - expected.keys())]
@@ -177,6 +177,8 @@ class LearnedPower:
                 problems.append(f"{name} has shape {found[name].shape} instead of {expected[name].shape}")
             elif not np.all(np.isfinite(found[name])):
                 problems.append(f"{name} has values that are not finite")
+            elif name == "std" and not np.all(found[name] > 0):
+                problems.append("std has values that are not positive")
         require(not problems, str(path), "; ".join(problems), "the weights of its configuration")
         found = {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
         flat = [(p, v.replace(found[".".join(map(str, p))])) for p, v in nnx.to_flat_state(blank.state)]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Complex, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Complex, Float, Int, Key, UInt32
 
 from megjax.channel import Fading, ImperfectCSI, RayleighFading, effective_noise_var
 from megjax.channel.numerics import squared_magnitude
@@ -79,7 +79,7 @@ class Episode(NamedTuple):
     are what is observed, for all blocks.
     """
 
-    key: Key[Array, ""]
+    key: UInt32[Array, " w"]
     problem: Problem
     plan: Float[Array, " t"]
     scale: Float[Array, ""]
@@ -135,7 +135,7 @@ class PowerControl:
         self,
         fading: Fading | None = None,
         snr_db: tuple[float, float] = (-10.0, 20.0),
-        weights: Float[ArrayLike, "*s t"] | None = None,
+        weights: Float[ArrayLike, "*k t"] | None = None,
         weight_grid_db: Float[ArrayLike, " s"] | None = None,
         weight_spread: float = 0.0,
         mean_power: float = 1.0,
@@ -193,7 +193,9 @@ class PowerControl:
             gains, error_var = knowledge.gains, knowledge.error_var
             known, received = (squared_magnitude(x) for x in (knowledge.transmitter, knowledge.receiver))
         features = episode_features(known, problem, plan, self.history)
-        return Episode(quality_key, problem, plan, scale, gains, known, received, error_var, features)
+        # As words, since whole states are selected between and keys may not be used twice.
+        words = jax.random.key_data(quality_key)
+        return Episode(words, problem, plan, scale, gains, known, received, error_var, features)
 
     def reset(self, key: Key[Array, ""], params: EnvParams) -> tuple[Float[Array, " o"], EnvState]:
         """First observation and state of a new episode."""
@@ -215,7 +217,7 @@ class PowerControl:
         return keep(fresh_obs, obs), keep(fresh, after), reward, done, info
 
     def step_env(self, state: EnvState, action: Float[ArrayLike, "*a"]):
-        """As `step`, without the new episode; of a finished one the block stays the last."""
+        """As `step`, without the new episode."""
         after, reward = self.advance(state, jnp.reshape(jnp.asarray(action, jnp.float32), ()))
         done = after.block >= self.num_blocks
         if self.quality is not None:
@@ -245,7 +247,8 @@ class PowerControl:
     def final_reward(self, state: EnvState) -> Float[Array, ""]:
         """`quality` of a finished episode."""
         episode = state.episode
-        return self.quality(episode.key, episode.gains, state.power, linear_to_db(episode.problem.snr))
+        key = jax.random.wrap_key_data(episode.key)
+        return self.quality(key, episode.gains, state.power, linear_to_db(episode.problem.snr))
 
     def observe(self, state: EnvState) -> Float[Array, " o"]:
         """Features of what is known before the current block; see `episode_features` and `observation`."""

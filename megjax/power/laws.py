@@ -91,7 +91,7 @@ def load_table(law: GainLaw) -> LoadTable:
 
     def log_benefit(log_snr):
         """ln of -d/dx E[1 / (1 + x g)] / E[g] at x = exp(log_snr) - 1."""
-        damped = gains / jnp.square(1 + jnp.expm1(log_snr)[:, None] * gains[None])
+        damped = gains[None] / jnp.square(1 + jnp.expm1(log_snr)[:, None] * gains[None])
         return jnp.log(damped @ probabilities / mean_gain)
 
     def halve(_, bracket):
@@ -145,4 +145,5 @@ def static_power(
 
 def mean_error(law: GainLaw, snr: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """E[1 / (1 + snr g)], elementwise."""
-    return law.mean(1 / (1 + snr[..., None] * law.gains))
+    gains = jnp.reshape(law.gains, (1,) * snr.ndim + (-1,))
+    return law.mean(1 / (1 + snr[..., None] * gains))

@@ -65,6 +65,7 @@ class PPOConfig:
         require_positive_integers(self, "PPO", names)
         fits = self.num_envs % self.minibatches == 0
         require(fits, "PPO: minibatches", self.minibatches, f"a divisor of num_envs, {self.num_envs}")
+        require(self.num_updates >= 2, "PPO: num_updates", self.num_updates, "at least 2: the first measures only")
         require(0 <= self.final_clip <= 1, "PPO: final_clip", self.final_clip, "in [0, 1]")
         require(self.clip_norm > 0, "PPO: clip_norm", self.clip_norm, "positive")
 
@@ -81,9 +82,7 @@ class Moments(NamedTuple):
     count: Float[Array, ""]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
+class TrainState(NamedTuple):
     """All that training carries from update to update; its draws depend on `key` and `step`, the updates done, only."""
 
     step: Int[Array, ""]
@@ -139,7 +138,7 @@ class PPO:
         nnx.update(model.actor, policy.state)
         count = jnp.float32(self.config.num_updates)
         moments = Moments(policy.mean, jnp.square(policy.std - STD_FLOOR), count)
-        return dataclasses.replace(state, params=nnx.split(model)[1], moments=moments)
+        return state._replace(params=nnx.split(model)[1], moments=moments)
 
     def update(self, state: TrainState, params: EnvParams) -> tuple[TrainState, dict[str, Array]]:
         """One rollout and the epochs over it; metrics are means over the rollout and the minibatches."""
@@ -176,9 +175,7 @@ class PPO:
         # The first rollout only measures the observations.
         measured = state.moments.count > 0
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(measured, a, b), new, old)  # noqa: E731
-        after = dataclasses.replace(
-            after, params=keep(weights, state.params), opt_state=keep(opt_state, state.opt_state)
-        )
+        after = after._replace(params=keep(weights, state.params), opt_state=keep(opt_state, state.opt_state))
         return after, metrics
 
     def policy(self, state: TrainState, params: EnvParams) -> LearnedPower:
@@ -243,15 +240,15 @@ class PPO:
         blocks = np.arange(num_blocks)
         ahead = blocks[:-1, None] + blocks[None]
         log_gains = jnp.log(episodes.received + 1e-4)
-        future = jnp.where(ahead < num_blocks, log_gains[:, np.minimum(ahead, num_blocks - 1)], 0.0)
+        future = jnp.where((ahead < num_blocks)[None], log_gains[:, np.minimum(ahead, num_blocks - 1)], 0.0)
 
         def follow(energy, start):
             """Relative return when the energy left is spread as planned over the blocks from `start`."""
-            remaining = blocks >= start
+            remaining = (blocks >= start)[None]
             plan = jnp.where(remaining, episodes.plan, 0.0) + 1e-6
             share = energy / jnp.sum(jnp.where(remaining, plan, 0.0), axis=1)
-            peak = jnp.reshape(episodes.problem.max_power, (-1, 1))
-            errors = jax.vmap(self.env.errors)(episodes, jnp.minimum(share[:, None] * plan, peak))
+            power = jnp.minimum(share[:, None] * plan, episodes.problem.max_power[:, None])
+            errors = jax.vmap(self.env.errors)(episodes, power)
             return -jnp.sum(jnp.where(remaining, errors, 0.0), axis=1) / scale
 
         returns = jax.vmap(follow)(energies, jnp.arange(num_blocks - 1))
@@ -264,9 +261,9 @@ class PPO:
         index = jnp.clip((snr_db - params.min_snr_db) / width, 0, SNR_BINS - 1).astype(jnp.int32)
         member = jax.nn.one_hot(index, SNR_BINS)
         counts = jnp.maximum(member.sum(0), 1.0)
-        centred = advantages - (advantages.mean(0) @ member / counts)[index]
+        centred = advantages - (advantages.mean(0) @ member / counts)[index][None]
         deviation = jnp.sqrt(jnp.square(centred).mean(0) @ member / counts)
-        return centred / (deviation[index] + 1e-8)
+        return centred / (deviation[index][None] + 1e-8)
 
     def _values(self, model, moments: Moments, rollout: Rollout) -> Float[Array, "t n"]:
         return (
@@ -325,7 +322,8 @@ def make_ppo(config: PPOConfig, env: PowerControl, params: EnvParams | None = No
 
 
 def _standardise(obs: Float[Array, "*b o"], moments: Moments) -> Float[Array, "*b o"]:
-    return (obs - moments.mean) / (jnp.sqrt(moments.var) + STD_FLOOR)
+    std = jnp.sqrt(moments.var) + STD_FLOOR
+    return (obs - jnp.broadcast_to(moments.mean, obs.shape)) / jnp.broadcast_to(std, obs.shape)
 
 
 def _merge(moments: Moments, obs: Float[Array, "t n o"]) -> Moments:

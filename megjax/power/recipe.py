@@ -1,6 +1,7 @@
 """Recipes of power-policy training: environment, its parameters, PPO, and the run that follows them."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class PowerRecipe:
         require(self.checkpoint_minutes >= 0, "checkpoint_minutes", self.checkpoint_minutes, "at least 0")
 
     def environment(
-        self, weights: Float[ArrayLike, "*s t"] | None = None, weight_grid_db: Float[ArrayLike, " s"] | None = None
+        self, weights: Float[ArrayLike, "*k t"] | None = None, weight_grid_db: Float[ArrayLike, " s"] | None = None
     ) -> tuple[PowerControl, EnvParams]:
         """The environment and its parameters; `weights` as in `PowerControl.make_params`."""
         env = PowerControl(self.num_blocks, self.history)
@@ -64,9 +65,11 @@ def train_power(
     folder: Path,
     *,
     start: LearnedPower | None = None,
+    on_checkpoint: Callable[[TrainState], None] | None = None,
     description: dict[str, Any] | None = None,
 ) -> LearnedPower:
     """Train in `env`; resumes from `folder`, to the bit. `start` is a policy to go on from, with its standardisation.
+    `on_checkpoint` is called after each save.
 
     Raises ValueError if `folder` holds a run of another recipe, or weights, or `start` is for another environment.
     """
@@ -88,6 +91,7 @@ def train_power(
         checkpoint_minutes=recipe.checkpoint_minutes,
         parameters=state.params,
         description=described,
+        on_checkpoint=on_checkpoint,
     )
     return ppo.policy(final, params)
 
