@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 
-.PHONY: install peers demo channel codec benchmark quality test test-slow lint format clean
+.PHONY: install peers demo channel codec power benchmark quality test test-slow lint format clean
 
 # Everything: the library, what tests and linting need, and the tools of the README.
 install: .venv/test.stamp
@@ -46,6 +46,21 @@ codec: .venv/run.stamp
 	cp outputs/codec/nmse.png docs/codec-nmse.png
 	cp outputs/codec/additive.png docs/codec-additive.png
 
+# Power policies: five seeds of PPO and correlated fading next to the causal optimum; images need the caches of `make codec`.
+power: .venv/run.stamp
+	for seed in 0 1 2 3 4; do $(BIN)/python -m train.power --weights equal --seed $$seed || exit 1; done
+	$(BIN)/python -m train.power --updates 300
+	$(BIN)/python -m train.power --weights equal --fading gauss-markov
+	$(BIN)/python -m train.power --weights equal --fading jakes
+	$(BIN)/python -m train.power --weights equal --fading jakes --history 4
+	$(BIN)/python -m train.power --reward image --start scenes --envs 128 --updates 60 --learning-rate 1e-3
+	$(BIN)/python -m eval.power
+	$(BIN)/python -m eval.power_images
+	cat outputs/power/tables.md outputs/power/images.md > docs/power-results.md
+	cp outputs/power/policies.png docs/power-policies.png
+	cp outputs/power/map.png docs/power-map.png
+	cp outputs/power/learning.png docs/power-learning.png
+
 # Speed of the channel simulator on this machine; `make peers` first to see other software beside it.
 benchmark: .venv/run.stamp
 	$(BIN)/python -m eval.benchmark channel
@@ -55,10 +70,10 @@ quality: .venv/run.stamp
 	$(BIN)/python -m eval.quality
 
 test: .venv/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: .venv/test.stamp
-	$(BIN)/python -m pytest --runslow
+	$(BIN)/python -m pytest -n auto --dist worksteal --runslow
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .

@@ -147,7 +147,7 @@ def measure(setting: Setting, args: Arguments, codec: SeedCodec, index: int, bar
         weights, load = None, None
         if setting.weights == "codec":
             weights = np.asarray(codec.block_weights(count, snr_db, args.blocks))
-            load = codec.encode(codec.validation[:1], count, snr_db, args.blocks)[1]
+            load = codec.encode(jnp.asarray(codec.validation[:1]), count, snr_db, args.blocks)[1]
         problem = power_problem(snr_db, args.blocks, weights)
         fixed = policies(setting, args, load)
         values = {name: np.asarray(returns(one, gains, problem), np.float64) for name, one in fixed.items()}

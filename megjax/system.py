@@ -188,12 +188,14 @@ def image_quality(
     network: SeedNetwork = nnx.merge(codec.graph, codec.state)
     link.check_symbols(num_symbols, codec.config.num_values, 1)
     require(mapping in MAPPINGS, "mapping", mapping, f"one of {MAPPINGS}")
+    latents = jnp.asarray(latents)
+    originals = jnp.concatenate([pipe.decode(latents[i : i + 100]) for i in range(0, len(latents), 100)])
 
     def quality(key, gains, power, snr_db):
         image_key, noise_key = jax.random.split(key)
-        clean = latents[jax.random.randint(image_key, (), 0, len(latents))]
+        index = jax.random.randint(image_key, (), 0, len(latents))
         spending = link.spending(network.spend(snr_db, num_symbols), num_symbols, gains.shape[0], mapping)
-        values = network.encode(clean[None], snr_db, num_symbols)[0]
+        values = network.encode(latents[index][None], snr_db, num_symbols)[0]
         levels = jnp.full(1, snr_db, jnp.float32), jnp.full(1, num_symbols)
 
         def decode(power):
@@ -202,11 +204,11 @@ def image_quality(
             )
             return network.decode(received.estimate[None], received.snr[None], *levels)[0]
 
-        sent = [clean, decode(power)]
+        sent = [decode(power)]
         if reference is not None:
             sent.append(decode(reference(squared_magnitude(gains), snr_db)))
         images = generation.decode(pipe.graphs, pipe.params, jnp.stack(sent))
-        found = psnr(images[0], images[1])
-        return found if reference is None else found - psnr(images[0], images[2])
+        found = psnr(originals[index], images[0])
+        return found if reference is None else found - psnr(originals[index], images[1])
 
     return quality

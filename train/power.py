@@ -7,12 +7,18 @@ from typing import Literal
 
 import numpy as np
 import tyro
+from flax import nnx
 
 from megjax.channel import GaussMarkovFading, JakesFading, RayleighFading
-from megjax.codec import SeedCodec
+from megjax.codec import SeedCodec, link
 from megjax.configs import read_json, require
+from megjax.data.latents import load as load_latents
+from megjax.diffusion.pipeline import StableDiffusion
+from megjax.power import LearnedPower
+from megjax.power.environment import Quality
 from megjax.power.recipe import PRESETS, PowerRecipe, train_power
 from megjax.runtime import check_seed, command
+from megjax.system import image_quality
 
 RATES = (1.0, 2.0, 4.0, 8.0)
 GRID_DB = tuple(np.arange(-15.0, 31.0, 5.0).tolist())
@@ -34,6 +40,14 @@ class Arguments:
     """Largest Doppler shift in cycles per block (jakes)."""
     history: int = 0
     """Past gains that the policy sees."""
+    reward: Literal["latent", "image"] = "latent"
+    """The weighted latent error, or the PSNR of decoded images (bundled model, seeds of ratio 4, ordered)."""
+    latents: Path = Path("runs/codec-scenes/generated")
+    """Cache of latents that train.codec made, for --reward image."""
+    start: str | None = None
+    """A trained policy to go on from: "scenes" (bundled) or a folder."""
+    learning_rate: float | None = None
+    """Peak learning rate instead of the preset's."""
     blocks: int = 16
     """Fading blocks an image."""
     updates: int | None = None
@@ -67,8 +81,23 @@ def make_recipe(args: Arguments) -> PowerRecipe:
     updates = recipe.ppo.num_updates if args.updates is None else args.updates
     envs = recipe.ppo.num_envs if args.envs is None else args.envs
     ppo = dataclasses.replace(recipe.ppo, num_updates=updates, num_envs=envs)
+    if args.learning_rate is not None:
+        require(args.learning_rate > 0, "--learning-rate", args.learning_rate, "positive")
+        recipe = dataclasses.replace(recipe, hyper=recipe.hyper._replace(learning_rate=args.learning_rate))
     changes = {"num_blocks": args.blocks, "history": args.history, "fading": law[args.fading], "seed": args.seed}
     return dataclasses.replace(recipe, ppo=ppo, **changes)
+
+
+def image_reward(args: Arguments, codec: SeedCodec) -> Quality:
+    """The gain in PSNR over the codec's own load, on latents of the cache."""
+    count = codec.num_symbols(4.0)
+
+    def reference(gains, snr_db):
+        network = nnx.merge(codec.graph, codec.state)
+        return link.spending(network.spend(snr_db, count), count, gains.shape[0], "ordered").load
+
+    pipe = StableDiffusion.from_pretrained("scenes")
+    return image_quality(pipe, codec, load_latents(args.latents)[:1000], count, reference=reference)
 
 
 def main(args: Arguments) -> None:
@@ -78,9 +107,16 @@ def main(args: Arguments) -> None:
     else:
         codec = SeedCodec.from_pretrained(args.weights)
         env, params = recipe.environment(codec_weights(codec, args.blocks), np.array(GRID_DB))
+        if args.reward == "image":
+            params = params._replace(weights=params.weights[RATES.index(4.0)][None])
+            env = dataclasses.replace(env, quality=image_reward(args, codec))
+    start = None if args.start is None else LearnedPower.from_pretrained(args.start, args.blocks)
+    require(args.reward == "latent" or args.weights != "equal", "--reward", args.reward, "latent with equal weights")
     name = f"power-{Path(args.weights).name}-{args.fading}-{args.seed}"
-    folder = args.folder or Path("runs") / (name + (f"-history{args.history}" if args.history else ""))
-    policy = train_power(recipe, env, params, folder)
+    name += f"-history{args.history}" * (args.history > 0) + "-image" * (args.reward == "image")
+    folder = args.folder or Path("runs") / name
+    described = {"reward": args.reward, "from": args.start}
+    policy = train_power(recipe, env, params, folder, start=start, description=described)
     destination = args.export or folder / "model"
     policy.save_pretrained(destination)
     seconds = read_json(folder / "seconds.json")["seconds"]

@@ -18,7 +18,7 @@ import numpy as np
 from jax.scipy.special import i0e
 from jaxtyping import Array, Float
 
-from megjax.channel import Fading, GaussMarkovFading, JakesFading
+from megjax.channel import OFDM, Fading, GaussMarkovFading, JakesFading, ShadowedFading
 from megjax.configs import require
 from megjax.power.laws import GainLaw, gain_law
 from megjax.power.policies import policy, spend
@@ -117,10 +117,11 @@ class CausalOptimum:
 def causal_optimum(fading: Fading, num_blocks: int = 16) -> CausalOptimum:
     """The causal optimum for independent gains or for Gauss-Markov Rayleigh fading; for use outside jit.
 
-    ValueError for Jakes fading, which is not Markov, so that no such recursion holds; other models are taken for
-    independent from block to block.
+    ValueError for Jakes fading, OFDM and shadowing, whose gains depend on one another but are not a Markov chain, so
+    that no such recursion holds; other models are taken for independent from block to block.
     """
-    require(not isinstance(fading, JakesFading), "fading", fading, "independent or Gauss-Markov: Jakes is not Markov")
+    chained = isinstance(fading, JakesFading | OFDM | ShadowedFading)
+    require(not chained, "fading", fading, "independent from block to block or Gauss-Markov")
     if isinstance(fading, GaussMarkovFading) and float(fading.rho) != 0:
         return CausalOptimum(markov_law(fading))
     return CausalOptimum(gain_law(fading, num_blocks))

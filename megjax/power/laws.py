@@ -18,6 +18,7 @@ from megjax.channel import (
     RicianFading,
 )
 from megjax.channel.numerics import squared_magnitude
+from megjax.power.problem import check_num_blocks
 
 NUM_NODES = 192
 _LOG_RANGE = -20.0, 3.7
@@ -43,8 +44,9 @@ def gain_law(fading: Fading, num_blocks: int = 16) -> GainLaw:
 
     The library's parametric models are integrated by the trapezoidal rule in ln g, which converges geometrically for
     smooth integrands. Of any other model it takes 2^17 samples, averaged over its first `num_blocks` blocks, in 1,024
-    intervals of equal probability.
+    intervals of equal probability. ValueError for fewer than one block.
     """
+    check_num_blocks(num_blocks)
     if isinstance(fading, NoFading):
         return GainLaw(jnp.ones(1), jnp.ones(1))
     log_gains = np.linspace(*_LOG_RANGE, NUM_NODES)

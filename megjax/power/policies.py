@@ -51,9 +51,10 @@ def spend(
 ) -> Float[Array, " t"]:
     """Powers [t] of a causal rule, cut to the energy left and the peak; the last block takes the rest.
 
-    `decide` gets a `View` whose later gains are zeros, so that it cannot look ahead. ValueError for bad gains.
+    `decide` gets a `View` whose later gains are zeros, so that it cannot look ahead. ValueError for bad gains
+    or another number of them than of weights.
     """
-    check_gains(gains)
+    check_gains(gains, problem)
     num_blocks = gains.shape[0]
 
     def step(energy, block):
@@ -74,7 +75,7 @@ class EqualPower:
 
     def allocate(self, gains: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
         """As in `Policy`."""
-        check_gains(gains)
+        check_gains(gains, problem)
         return jnp.minimum(jnp.full(gains.shape, problem.energy / gains.shape[0]), problem.max_power)
 
 
@@ -87,7 +88,7 @@ class StaticPower:
 
     def allocate(self, gains: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
         """As in `Policy`; the same for all gains."""
-        check_gains(gains)
+        check_gains(gains, problem)
         return static_power(self.table, problem.weights, problem.snr, problem.energy, problem.max_power)
 
 
@@ -100,7 +101,7 @@ class LoadedPower:
 
     def allocate(self, gains: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
         """As in `Policy`; ValueError for a load of another length."""
-        check_gains(gains)
+        check_gains(gains, problem)
         if self.load.shape != gains.shape:
             raise ValueError(f"load has shape {self.load.shape}; it must be {gains.shape}, one for each block")
         return jnp.minimum(problem.energy * self.load / jnp.sum(self.load), problem.max_power)
@@ -123,7 +124,7 @@ class ChannelInversion:
         nodes, probabilities = self.law
         thresholds = jnp.interp(jnp.linspace(0, 1, _THRESHOLDS, endpoint=False), jnp.cumsum(probabilities), nodes)
         sent = nodes[None] >= thresholds[:, None]
-        level = problem.energy / gains.shape[0] / (jnp.where(sent, 1 / nodes, 0.0) @ probabilities)
+        level = problem.energy / gains.shape[0] / (jnp.where(sent, 1 / jnp.maximum(nodes, 1e-20), 0.0) @ probabilities)
         share = sent @ probabilities
         best = jnp.argmin(1 - share + share / (1 + level * problem.snr))
         chosen, power = thresholds[best], level[best]
@@ -151,9 +152,9 @@ class Waterfilling:
         def excess(level):
             return self.law.mean(jnp.maximum(level - floors, 0.0)) - mean_power
 
-        # E(level - floor)+ >= mean_power once half of the probability lies this far below the level.
-        median = floors[jnp.searchsorted(jnp.cumsum(self.law.probabilities), 0.5)]
-        level = _bisect(excess, floors[-1], median + 4 * mean_power)
+        # E(level - floor)+ >= mean_power once blocks of the best gains, of probability q, lie mean_power / q below it.
+        share = jnp.cumsum(self.law.probabilities[::-1])[::-1]
+        level = _bisect(excess, floors[-1], jnp.min(floors + mean_power / share))
         floor = lambda gain: 1 / (problem.snr * jnp.maximum(gain, 1e-20))  # noqa: E731
         return spend(lambda view: jnp.maximum(level - floor(view.gain), 0.0), gains, problem)
 
@@ -169,17 +170,24 @@ class ClairvoyantWaterfilling:
 
     def allocate(self, gains: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
         """As in `Policy`."""
-        check_gains(gains)
+        check_gains(gains, problem)
+        usable = gains > 0
         floors = 1 / (problem.snr * jnp.maximum(gains, 1e-20))
+        floors = floors - jnp.min(floors)
 
-        def power(level):
-            return jnp.clip(level - floors, 0.0, problem.max_power)
+        def power(log_level):
+            return jnp.where(usable, jnp.clip(jnp.exp(log_level) - floors, 0.0, problem.max_power), 0.0)
 
-        lowest, cap = jnp.min(floors), jnp.minimum(problem.max_power, problem.energy)
-        # Bisection in the logarithm of the height above the deepest floor, which may be far below it.
-        top = lowest + problem.energy + jnp.where(jnp.isfinite(problem.max_power), jnp.max(floors) + cap, 0.0)
-        level = _bisect(lambda x: jnp.sum(power(x)) - problem.energy, lowest, top)
-        return _fill(power(level), problem)
+        # The level above the deepest floor is at least the mean power, and without a peak at most all of the energy;
+        # with one it may have to rise above a block in a deep fade, hence the bisection of its logarithm.
+        highest = jnp.max(jnp.where(usable, floors, 0.0)) + problem.max_power
+        low, high = jnp.log(problem.energy / gains.shape[0]), jnp.log(problem.energy)
+        high = jnp.where(jnp.isfinite(highest), jnp.maximum(high, jnp.log(highest)), high)
+        low, high = _bracket(lambda x: jnp.sum(power(x)) - problem.energy, low, high)
+        # Between the ends, which rounding keeps apart at high levels, power is linear.
+        least, most = power(low), power(high)
+        missing, gap = problem.energy - jnp.sum(least), jnp.sum(most - least)
+        return least + jnp.clip(missing / jnp.where(gap > 0, gap, 1.0), 0.0, 1.0) * (most - least)
 
 
 @policy
@@ -194,7 +202,7 @@ class Clairvoyant:
 
     def allocate(self, gains: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
         """As in `Policy`."""
-        check_gains(gains)
+        check_gains(gains, problem)
         slope = jnp.maximum(gains * problem.snr, 1e-20)
         log_worth = jnp.log(jnp.maximum(problem.weights * slope, 1e-30))
 
@@ -218,8 +226,8 @@ def _fill(power: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
     return jnp.minimum(power * jnp.where(total > 0, problem.energy / total, 1.0), problem.max_power)
 
 
-def _bisect(function, low, high) -> Array:
-    """The root of an increasing function between `low` and `high`, or the end that is nearer to it."""
+def _bracket(function, low, high) -> tuple[Array, Array]:
+    """Ends, as close as rounding lets them, of an interval in [low, high] with the root of an increasing function."""
 
     def halve(_, bracket):
         low, high = bracket
@@ -227,4 +235,9 @@ def _bisect(function, low, high) -> Array:
         below = function(middle) < 0
         return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
-    return sum(jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))) / 2
+    return jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))
+
+
+def _bisect(function, low, high) -> Array:
+    """The root of an increasing function between `low` and `high`, or the end that is nearer to it."""
+    return sum(_bracket(function, low, high)) / 2

@@ -76,8 +76,11 @@ def weighted_errors(problem: Problem, gains: Float[Array, " t"], power: Float[Ar
     return problem.weights / (1 + power * gains * problem.snr)
 
 
-def check_gains(gains: Float[ArrayLike, "*s t"]) -> None:
-    """ValueError, outside jit, unless power gains are finite and 0 or more."""
+def check_gains(gains: Float[ArrayLike, "*s t"], problem: Problem | None = None) -> None:
+    """ValueError unless there is a gain for each weight of `problem` and, outside jit, all are finite and 0 or more."""
+    if problem is not None:
+        shape, needed = jnp.shape(gains), jnp.shape(problem.weights)
+        require(shape == needed, "gains' shape", shape, f"{needed}, one for each of the problem's weights")
     if isinstance(gains, jax.core.Tracer):
         return
     values = np.asarray(gains)

@@ -1,0 +1,202 @@
+"""Tests of the power policies: budgets, causality, optimality on every transmission, and hand-computed powers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from megjax.channel import RayleighFading
+from megjax.power import (
+    ChannelInversion,
+    Clairvoyant,
+    ClairvoyantWaterfilling,
+    EqualPower,
+    GainLaw,
+    LoadedPower,
+    Policy,
+    StaticPower,
+    Waterfilling,
+    causal_optimum,
+    gain_law,
+    load_table,
+    power_problem,
+)
+
+T, EPISODES = 16, 512
+ROUNDING = 2.0**-23
+LOADS = np.linspace(2, 0.5, T).astype(np.float32)
+UNEQUAL = np.geomspace(4, 0.1, T)
+POWER = jax.jit(jax.vmap(lambda policy, gains, problem: policy.allocate(gains, problem), (None, 0, None)))
+ONE = jax.jit(lambda policy, gains, problem: policy.allocate(gains, problem))
+NAMES = ["equal", "static", "loaded", "inversion", "waterfilling", "optimum", "clairvoyant", "clairvoyant_waterfilling"]
+
+
+@functools.cache
+def make(name):
+    law = gain_law(RayleighFading())
+    return {
+        "equal": EqualPower,
+        "static": lambda: StaticPower(load_table(law)),
+        "loaded": lambda: LoadedPower(jnp.asarray(LOADS)),
+        "inversion": lambda: ChannelInversion(law),
+        "waterfilling": lambda: Waterfilling(law),
+        "optimum": lambda: causal_optimum(RayleighFading()),
+        "clairvoyant": Clairvoyant,
+        "clairvoyant_waterfilling": ClairvoyantWaterfilling,
+    }[name]()
+
+
+CAUSAL = [name for name in NAMES if not name.startswith("clairvoyant")]
+PROBLEMS = {
+    "equal": power_problem(0.0, T),
+    "unequal": power_problem(5.0, T, UNEQUAL),
+    "peak": power_problem(10.0, T, UNEQUAL, max_power=1.5),
+    "low": power_problem(-10.0, T, max_power=4.0),
+    "unspendable": power_problem(0.0, T, max_power=0.5),
+}
+
+
+@functools.cache
+def rayleigh_gains():
+    """Gains [episodes t]; the last transmissions have blocks of no gain at all, one of them no others."""
+    gains = np.array(jax.random.exponential(jax.random.key(1), (EPISODES, T)))
+    gains[-3, ::3], gains[-2, 0], gains[-1] = 0, 0, 0
+    return jnp.asarray(gains)
+
+
+@functools.cache
+def powers(name, problem):
+    return np.asarray(POWER(make(name), rayleigh_gains(), PROBLEMS[problem]), np.float64)
+
+
+def received(problem, power):
+    """p g snr [episodes t], float64."""
+    return power * np.asarray(rayleigh_gains(), np.float64) * float(PROBLEMS[problem].snr)
+
+
+def cost(problem, power):
+    """sum_t w_t / (1 + p_t g_t snr) [episodes], float64."""
+    return (np.asarray(PROBLEMS[problem].weights, np.float64) / (1 + received(problem, power))).sum(1)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_policy_keeps_the_energy_and_the_peak(name, problem):
+    power, given = powers(name, problem), PROBLEMS[problem]
+    assert isinstance(make(name), Policy)
+    assert power.shape == (EPISODES, T) and np.all(np.isfinite(power)) and np.all(power >= 0)
+    assert np.all(power <= float(given.max_power))
+    # One rounding a block.
+    assert np.all(power.sum(1) <= float(given.energy) * (1 + T * ROUNDING))
+
+
+@pytest.mark.parametrize("problem", ["equal", "unequal"])
+@pytest.mark.parametrize("name", NAMES)
+def test_without_a_peak_all_energy_is_spent(name, problem):
+    np.testing.assert_allclose(powers(name, problem)[:-1].sum(1), T, rtol=T * ROUNDING)
+
+
+@pytest.mark.parametrize("name", ["clairvoyant", "clairvoyant_waterfilling"])
+@pytest.mark.parametrize("problem", ["peak", "low"])
+def test_the_clairvoyant_spend_all_energy_that_fits_under_the_peak(name, problem):
+    # All but the transmissions with blocks of no gain.
+    np.testing.assert_allclose(powers(name, problem)[:-3].sum(1), T, rtol=T * ROUNDING)
+
+
+@pytest.mark.parametrize("problem", ["equal", "peak"])
+@pytest.mark.parametrize("name", NAMES)
+def test_causal_policies_do_not_look_ahead(name, problem):
+    gains = np.tile(np.asarray(rayleigh_gains()[0]), (EPISODES, 1))
+    later = np.arange(T)[None] > np.arange(T - 1)[:, None]
+    gains[: T - 1] = np.where(later, np.asarray(rayleigh_gains()[1 : 1 + 1]), gains[: T - 1])
+    power = np.asarray(POWER(make(name), jnp.asarray(gains), PROBLEMS[problem]))
+    same = [np.array_equal(power[block, : block + 1], power[-1, : block + 1]) for block in range(T - 1)]
+    assert make(name).causal == (name in CAUSAL)
+    assert all(same) if make(name).causal else not any(same)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_clairvoyant_is_best_on_every_transmission(problem):
+    best = cost(problem, powers("clairvoyant", problem))
+    for name in NAMES:
+        assert np.all(best <= cost(problem, powers(name, problem)) * (1 + T * ROUNDING)), name
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_clairvoyant_waterfilling_has_the_most_capacity(problem):
+    best = np.log1p(received(problem, powers("clairvoyant_waterfilling", problem))).sum(1)
+    for name in NAMES:
+        assert np.all(best * (1 + T * ROUNDING) >= np.log1p(received(problem, powers(name, problem))).sum(1)), name
+
+
+def test_hand_computed_waterfilling_over_known_gains():
+    # Floors 1, none, 1/2, 2: the level is (4 + 3.5) / 3 without a peak, and 3 with one of 1.5.
+    gains = jnp.array([1.0, 0.0, 2.0, 0.5])
+    free, peak = power_problem(0.0, 4), power_problem(0.0, 4, max_power=1.5)
+    np.testing.assert_allclose(ONE(ClairvoyantWaterfilling(), gains, free), [1.5, 0, 2, 0.5], rtol=4 * ROUNDING)
+    np.testing.assert_allclose(ONE(ClairvoyantWaterfilling(), gains, peak), [1.5, 0, 1.5, 1], rtol=4 * ROUNDING)
+    # What the others cannot take goes to a block in a fade so deep that rounding hides its power in the level.
+    deep = jnp.array([1.0, 1e-12, 2.0, 0.0])
+    np.testing.assert_allclose(ONE(ClairvoyantWaterfilling(), deep, peak), [1.5, 1, 1.5, 0], rtol=4 * ROUNDING)
+
+
+def test_hand_computed_clairvoyant():
+    # g snr = 1, weights 4 and 1: p = (2 s - 1, s - 1) with 3 s - 2 = 2; a block without gain gets nothing.
+    problem = power_problem(0.0, 3, np.array([4.0, 1.0, 9.0]), mean_power=2 / 3)
+    power = ONE(Clairvoyant(), jnp.array([1.0, 1.0, 0.0]), problem)
+    np.testing.assert_allclose(power, [5 / 3, 1 / 3, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("probability", [0.25, 0.5, 0.75])
+def test_waterfilling_when_many_blocks_have_no_gain(probability):
+    # E(level - 1)+ = (1 - P) (level - 1) = 1: power 1 / (1 - P) wherever there is a gain.
+    law = GainLaw(jnp.array([0.0, 1.0]), jnp.array([probability, 1 - probability]))
+    power = ONE(Waterfilling(law), jnp.array([0.0, 1.0, 0.0, 0.0]), power_problem(0.0, 4))
+    np.testing.assert_allclose(power[:3], [0, 1 / (1 - probability), 0], rtol=4 * ROUNDING)
+    np.testing.assert_allclose(power.sum(), 4, rtol=4 * ROUNDING)
+
+
+def test_hand_computed_inversion():
+    # Always sent, c = 1 / E[1 / g] = 0.8 and the error 1 / 1.8; sent at g = 2 only, c = 4 and it is (1 + 1 / 5) / 2.
+    law = GainLaw(jnp.array([0.5, 2.0]), jnp.array([0.5, 0.5]))
+    gains = jnp.array([0.5, 2.0, 2.0, 0.5])
+    np.testing.assert_allclose(
+        ONE(ChannelInversion(law), gains, power_problem(0.0, 4)), [1.6, 0.4, 0.4, 1.6], rtol=1e-6
+    )
+    # With no gain half of the time it is truncated: c = 2 E.
+    law = GainLaw(jnp.array([0.0, 1.0]), jnp.array([0.5, 0.5]))
+    gains = jnp.array([0.0, 1.0, 0.0, 1.0])
+    np.testing.assert_allclose(ONE(ChannelInversion(law), gains, power_problem(0.0, 4)), [0, 2, 0, 2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_block_takes_all(name):
+    policy = LoadedPower(jnp.ones(1)) if name == "loaded" else make(name)
+    for peak, expected in ((np.inf, 2.0), (1.5, 1.5)):
+        power = ONE(policy, jnp.array([0.7]), power_problem(0.0, 1, mean_power=2.0, max_power=peak))
+        np.testing.assert_allclose(power, [expected], rtol=4 * ROUNDING)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_jit_and_vmap_agree_with_the_loop(name):
+    looped = np.stack([ONE(make(name), gains, PROBLEMS["peak"]) for gains in rayleigh_gains()[:4]])
+    np.testing.assert_allclose(powers(name, "peak")[:4], looped, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_gains(name):
+    policy, good = make(name), np.ones(T, np.float32)
+    for bad in (np.nan, np.inf, -1.0):
+        gains = good.copy()
+        gains[3] = bad
+        with pytest.raises(ValueError, match="gains is .*finite and 0 or more"):
+            policy.allocate(jnp.asarray(gains), PROBLEMS["equal"])
+    with pytest.raises(ValueError, match="gains' shape is"):
+        policy.allocate(jnp.ones(T - 1), PROBLEMS["equal"])
+
+
+def test_a_load_of_another_length():
+    with pytest.raises(ValueError, match="load has shape"):
+        LoadedPower(jnp.ones(3)).allocate(jnp.ones(T), PROBLEMS["equal"])
