@@ -9,20 +9,28 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SNIPPETS = [
     (name, block)
-    for name in ("README.md", "docs/channel.md", "docs/codec.md")
+    for name in ("README.md", "docs/channel.md", "docs/codec.md", "docs/power.md")
     for block in re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
-    if "channel" in block
+    if "channel" in block or "make_ppo" in block
 ]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/channel.md", "docs/codec.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/architecture.md", "docs/channel.md", "docs/codec.md", "docs/power.md"]
+)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
     assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
 
 
 def test_there_are_snippets():
-    assert [name for name, _ in SNIPPETS] == ["README.md", *["docs/channel.md"] * 3, "docs/codec.md"]
+    assert [name for name, _ in SNIPPETS] == [
+        "README.md",
+        *["docs/channel.md"] * 3,
+        "docs/codec.md",
+        "docs/power.md",
+        "docs/power.md",
+    ]
 
 
 @pytest.mark.parametrize("block", [block for _, block in SNIPPETS], ids=[name for name, _ in SNIPPETS])
@@ -41,3 +49,7 @@ def test_snippet(block):
     if "decoded" in names:
         error = np.square(names["decoded"] - names["latents"]).sum() / np.square(names["latents"]).sum()
         assert error < 0.5 and np.isclose(np.mean(names["weights"]), 1.0, atol=1e-5)
+    if "optimum" in names:
+        assert names["error"] == pytest.approx(9.2525, abs=4 * 0.81 / np.sqrt(10_000))  # the value of 10^5 episodes
+    if "train" in names:
+        assert names["metrics"]["return"].shape == (4,) and int(names["state"].step) == 4
