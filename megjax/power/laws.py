@@ -103,7 +103,7 @@ def load_table(law: GainLaw) -> LoadTable:
         return jnp.where(worthwhile, middle, low), jnp.where(worthwhile, high, middle)
 
     bracket = jnp.zeros(TABLE_SIZE), jnp.full(TABLE_SIZE, 28.0)
-    log_snr = jax.lax.fori_loop(0, _BISECTIONS, halve, bracket)[0]
+    log_snr = jax.lax.fori_loop(0, _BISECTIONS, halve, bracket)[0].at[0].set(0.0)
     return LoadTable(log_snr, jnp.log(mean_gain))
 
 

@@ -184,10 +184,7 @@ class ClairvoyantWaterfilling:
         low, high = jnp.log(problem.energy / gains.shape[0]), jnp.log(problem.energy)
         high = jnp.where(jnp.isfinite(highest), jnp.maximum(high, jnp.log(highest)), high)
         low, high = _bracket(lambda x: jnp.sum(power(x)) - problem.energy, low, high)
-        # Between the ends, which rounding keeps apart at high levels, power is linear.
-        least, most = power(low), power(high)
-        missing, gap = problem.energy - jnp.sum(least), jnp.sum(most - least)
-        return least + jnp.clip(missing / jnp.where(gap > 0, gap, 1.0), 0.0, 1.0) * (most - least)
+        return _between(power(low), power(high), problem)
 
 
 @policy
@@ -203,16 +200,17 @@ class Clairvoyant:
     def allocate(self, gains: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
         """As in `Policy`."""
         check_gains(gains, problem)
+        useful = (gains > 0) & (problem.weights > 0)
         slope = jnp.maximum(gains * problem.snr, 1e-20)
         log_worth = jnp.log(jnp.maximum(problem.weights * slope, 1e-30))
 
         def power(log_price):
             level = jnp.expm1(jnp.maximum(0.5 * (log_worth - log_price), 0.0)) / slope
-            return jnp.minimum(level, problem.max_power)
+            return jnp.where(useful, jnp.minimum(level, problem.max_power), 0.0)
 
         highest = jnp.max(log_worth)
-        log_price = _bisect(lambda x: problem.energy - jnp.sum(power(x)), highest - 90.0, highest)
-        return _fill(power(log_price), problem)
+        low, high = _bracket(lambda x: problem.energy - jnp.sum(power(x)), highest - 90.0, highest)
+        return _between(power(high), power(low), problem)
 
 
 def expected_static_errors(law: GainLaw, problem: Problem, power: Float[Array, " t"]) -> Float[Array, " t"]:
@@ -220,10 +218,10 @@ def expected_static_errors(law: GainLaw, problem: Problem, power: Float[Array, "
     return problem.weights * mean_error(law, power * problem.snr)
 
 
-def _fill(power: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
-    """Powers scaled to the whole energy, which a bisection misses by rounding, within the peak."""
-    total = jnp.sum(power)
-    return jnp.minimum(power * jnp.where(total > 0, problem.energy / total, 1.0), problem.max_power)
+def _between(least: Float[Array, " t"], most: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
+    """Powers between the ends of a bisection, which rounding may keep apart, that spend the energy where they can."""
+    missing, gap = problem.energy - jnp.sum(least), jnp.sum(most - least)
+    return least + jnp.clip(missing / jnp.where(gap > 0, gap, 1.0), 0.0, 1.0) * (most - least)
 
 
 def _bracket(function, low, high) -> tuple[Array, Array]:

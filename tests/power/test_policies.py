@@ -114,7 +114,7 @@ def test_causal_policies_do_not_look_ahead(name, problem):
     power = np.asarray(POWER(make(name), jnp.asarray(gains), PROBLEMS[problem]))
     same = [np.array_equal(power[block, : block + 1], power[-1, : block + 1]) for block in range(T - 1)]
     assert make(name).causal == (name in CAUSAL)
-    assert all(same) if make(name).causal else not any(same)
+    assert all(same) if make(name).causal else not all(same)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
@@ -191,7 +191,7 @@ def test_bad_gains(name):
     for bad in (np.nan, np.inf, -1.0):
         gains = good.copy()
         gains[3] = bad
-        with pytest.raises(ValueError, match="gains is .*finite and 0 or more"):
+        with pytest.raises(ValueError, match="(?s)gains is .*finite and 0 or more"):
             policy.allocate(jnp.asarray(gains), PROBLEMS["equal"])
     with pytest.raises(ValueError, match="gains' shape is"):
         policy.allocate(jnp.ones(T - 1), PROBLEMS["equal"])
