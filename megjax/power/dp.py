@@ -85,7 +85,8 @@ class CausalOptimum:
 
         def decide(view):
             column = self._column(view.gain, prices[view.block])
-            return _best_power(problem, problem.weights[view.block], view.gain, view.energy, column)
+            useful = _useful(problem, problem.num_blocks - 1 - view.block)
+            return _best_power(problem, problem.weights[view.block], view.gain, view.energy, column, useful)
 
         return spend(decide, gains, problem)
 
@@ -94,15 +95,17 @@ class CausalOptimum:
     ) -> Float[Array, ""]:
         """Power of block `block` (from 0) of this gain with this energy left."""
         column = self._column(gain, self.prices(problem)[block])
-        return _best_power(problem, problem.weights[block], gain, energy, column)
+        useful = _useful(problem, problem.num_blocks - 1 - block)
+        return _best_power(problem, problem.weights[block], gain, energy, column, useful)
 
     def expected_return(self, problem: Problem) -> Float[Array, ""]:
         """-J_1(energy), by quadrature over the grids: the value of the optimum without simulation.
 
-        The price is integrated over the energy, from -sum of the weights without any; accurate to about 1e-3.
+        The price is integrated over the energy, from -sum of the weights without any; accurate to about 1e-3,
+        somewhat less with a peak if the law has few gains, as the price then jumps.
         """
         first = _first_prices(self.law, problem)
-        energies = _energy_grid(problem)
+        energies = _energy_grid(_useful(problem, problem.num_blocks))
         return -jnp.sum(problem.weights) + jnp.trapezoid(first, energies)
 
     def _column(self, gain, table: Float[Array, "e m"]) -> Float[Array, " e"]:
@@ -127,47 +130,63 @@ def causal_optimum(fading: Fading, num_blocks: int = 16) -> CausalOptimum:
     return CausalOptimum(gain_law(fading, num_blocks))
 
 
-def _energy_grid(problem: Problem) -> Float[Array, " e"]:
-    return problem.energy * (jnp.arange(ENERGIES) / (ENERGIES - 1)) ** 3
+def _useful(problem: Problem, blocks_left) -> Array:
+    """The most energy that so many blocks can spend under the peak; beyond it energy is worth nothing."""
+    return jnp.where(blocks_left > 0, jnp.minimum(problem.energy, blocks_left * problem.max_power), 0.0)
 
 
-def _price_at(problem: Problem, energy: Array, log_prices: Float[Array, " e"]) -> Array:
-    """lambda at an energy between the grid points, ln lambda being linear in the cube root."""
-    place = jnp.clip(jnp.cbrt(jnp.maximum(energy, 0.0) / problem.energy) * (ENERGIES - 1), 0, ENERGIES - 1.001)
+def _energy_grid(useful: Float[Array, ""]) -> Float[Array, " e"]:
+    return useful * (jnp.arange(ENERGIES) / (ENERGIES - 1)) ** 3
+
+
+def _price_at(energy: Array, log_prices: Float[Array, " e"], useful: Float[Array, ""]) -> Array:
+    """lambda at an energy between the grid points, ln lambda being linear in the cube root; 0 beyond the useful."""
+    place = jnp.cbrt(jnp.maximum(energy, 0.0) / jnp.maximum(useful, 1e-30)) * (ENERGIES - 1)
+    place = jnp.clip(place, 0, ENERGIES - 1.001)
     index = place.astype(jnp.int32)
     left, right = log_prices[index], log_prices[index + 1]
-    return jnp.exp(left + (place - index) * (right - left))
+    return jnp.where(energy <= useful, jnp.exp(left + (place - index) * (right - left)), 0.0)
 
 
-def _best_power(problem: Problem, weight, gain, energy, log_prices: Float[Array, " e"]) -> Array:
-    """Root p of: benefit of block t at p = price of what is left, between 0 and min(energy, max_power)."""
+def _benefit(problem: Problem, weight, gain, power) -> Array:
+    """What a unit of power more is worth in a block."""
     slope = gain * problem.snr
+    return weight * slope / jnp.square(1 + power * slope)
+
+
+def _best_power(problem: Problem, weight, gain, energy, log_prices: Float[Array, " e"], useful) -> Array:
+    """Root p of: benefit of block t at p = price of what is left, between 0 and min(energy, max_power)."""
 
     def halve(_, bracket):
         low, high = bracket
         middle = 0.5 * (low + high)
-        worthwhile = weight * slope / jnp.square(1 + middle * slope) > _price_at(problem, energy - middle, log_prices)
+        worthwhile = _benefit(problem, weight, gain, middle) > _price_at(energy - middle, log_prices, useful)
         return jnp.where(worthwhile, middle, low), jnp.where(worthwhile, high, middle)
 
     highest = jnp.minimum(energy, problem.max_power)
     return sum(jax.lax.fori_loop(0, _BISECTIONS, halve, (jnp.zeros_like(highest), highest))) / 2
 
 
-def _stage(law, problem: Problem, weight: Array, after: Float[Array, "e m"]) -> Float[Array, "e n"]:
+def _stage(
+    law, problem: Problem, weight: Array, blocks_after: Array, after: Float[Array, "e m"]
+) -> Float[Array, "e n"]:
     """Price of energy in block t once its gain is known, lambda_t(e | g) [e n], from ln lambda_{t+1}(e | g)."""
-    energies = _energy_grid(problem)
+    useful, most = _useful(problem, blocks_after), _useful(problem, blocks_after + 1)
 
     def price(energy, gain, column):
-        power = _best_power(problem, weight, gain, energy, column)
-        slope = gain * problem.snr
-        own = weight * slope / jnp.square(1 + energy * slope)
-        own = jnp.where(energy < problem.max_power, own, 0.0)
-        # Where all of the energy is spent, its price is what block t makes of it; it is then above lambda_{t+1}(0).
-        return jnp.maximum(_price_at(problem, energy - power, column), own)
+        power = _best_power(problem, weight, gain, energy, column, useful)
+        own, later = _benefit(problem, weight, gain, power), _price_at(energy - power, column, useful)
+        # Inside, both are equal, or the rest can take no more and this block has to; at no power or the peak the
+        # block's benefit is not the price. Without energy, its first bit is worth the larger of the two.
+        price = jnp.where(power > 1e-6 * energy, own, jnp.maximum(own, later))
+        # With just enough for every block's peak, a little less would be taken from the block that loses least.
+        full = jnp.where(blocks_after > 0, jnp.minimum(own, later), own)
+        at_peak = jnp.where(energy > (1 - 1e-6) * most, full, later)
+        return jnp.where(power > (1 - 1e-6) * problem.max_power, at_peak, price)
 
     over_gains = jax.vmap(price, (None, 0, 0))
     columns = jnp.broadcast_to(after, (ENERGIES, law.gains.shape[0])).T
-    return jax.vmap(over_gains, (0, None, None))(energies, law.gains, columns)
+    return jax.vmap(over_gains, (0, None, None))(_energy_grid(most), law.gains, columns)
 
 
 def _before(law, priced: Float[Array, "e n"]) -> Float[Array, "e m"]:
@@ -181,15 +200,17 @@ def _prices(law, problem: Problem) -> Float[Array, "t e m"]:
     columns = law.gains.shape[0] if isinstance(law, MarkovLaw) else 1
     last = jnp.full((ENERGIES, columns), np.float32(np.log(_LEAST_PRICE)))
 
-    def back(after, weight):
-        before = jnp.log(jnp.maximum(_before(law, _stage(law, problem, weight, after)), _LEAST_PRICE))
-        return before, after
+    def back(after, block):
+        weight, blocks_after = block
+        priced = _before(law, _stage(law, problem, weight, blocks_after, after))
+        return jnp.log(jnp.maximum(priced, _LEAST_PRICE)), after
 
-    return jax.lax.scan(back, last, problem.weights, reverse=True)[1]
+    counts = jnp.arange(problem.num_blocks)[::-1]
+    return jax.lax.scan(back, last, (problem.weights, counts), reverse=True)[1]
 
 
 def _first_prices(law, problem: Problem) -> Float[Array, " e"]:
     """lambda_1(e) [e], before the first gain is known."""
-    priced = _stage(law, problem, problem.weights[0], _prices(law, problem)[0])
+    priced = _stage(law, problem, problem.weights[0], jnp.asarray(problem.num_blocks - 1), _prices(law, problem)[0])
     probabilities = law.stationary if isinstance(law, MarkovLaw) else law.probabilities
     return priced @ probabilities

@@ -108,10 +108,7 @@ def test_no_causal_policy_beats_the_optimum_in_many_transmissions(fading, weight
     never_beaten(fading, weights, 100_000)
 
 
-COARSE = pytest.mark.xfail(reason="prices are interpolated across their jump to 0 where the peaks use all energy up")
-
-
-@pytest.mark.parametrize("max_power", [np.inf, pytest.param(1.2, marks=COARSE)])
+@pytest.mark.parametrize("max_power", [np.inf, 1.2])
 @pytest.mark.parametrize("snr_db", [-5.0, 0.0, 10.0])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 3.0), (3.0, 1.0), (0.0, 1.0)])
 def test_two_blocks_of_two_gains_against_exhaustive_search(weights, snr_db, max_power):
@@ -133,7 +130,11 @@ def test_two_blocks_of_two_gains_against_exhaustive_search(weights, snr_db, max_
         # Off by 1e-4 on a flat optimum costs some 1e-8.
         assert cost(gain, ours)[0] <= best * (1 + 1e-7)
     np.testing.assert_allclose(power[:, 1], np.minimum(2 - power[:, 0], peak), rtol=1e-6)
-    np.testing.assert_allclose(VALUE(optimum, problem), -probabilities @ least, rtol=0, atol=1e-3)
+    # Two gains make the price jump where a block reaches its peak, by no more than the benefit there; the trapezoidal
+    # rule then errs by up to half of the largest step of the grid of 193 energies, 3 * 2 / 192, times the jump.
+    benefit = max(w * g * snr / (1 + peak * g * snr) ** 2 for w in weights for g in nodes)
+    jump = benefit if np.isfinite(max_power) else 0.0
+    np.testing.assert_allclose(VALUE(optimum, problem), -probabilities @ least, rtol=0, atol=1e-3 + 3 / 192 * jump)
 
 
 def test_one_block():
