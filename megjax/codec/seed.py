@@ -84,7 +84,7 @@ class SeedCodec:
 
     def encode(
         self,
-        latents: Float[Array, "b h w c"],
+        latents: Float[Array | np.ndarray, "b h w c"],
         num_symbols: int,
         snr_db: float,
         num_blocks: int = 16,
@@ -104,8 +104,8 @@ class SeedCodec:
 
     def decode(
         self,
-        symbols: Complex[Array, "b t k"],
-        block_snr: Float[Array, "b t"],
+        symbols: Complex[Array | np.ndarray, "b t k"],
+        block_snr: Float[Array | np.ndarray, "b t"],
         num_symbols: int,
         snr_db: float,
         mapping: str = "ordered",
