@@ -136,7 +136,9 @@ def test_the_peer_computes_the_same(networks, drawn):
     close(found, expected)
     assert np.abs(expected - ours.whiten(jnp.asarray(latents))[:, 0]).max() > 0.1  # the encoder has a say
     moments = jnp.zeros_like(values), jnp.ones_like(values)
-    close(decoded, ours.decode(jnp.asarray(values), jnp.asarray(snr), jnp.asarray(snr_db), jnp.asarray(symbols), moments))
+    close(
+        decoded, ours.decode(jnp.asarray(values), jnp.asarray(snr), jnp.asarray(snr_db), jnp.asarray(symbols), moments)
+    )
 
 
 def test_loss_and_gradient_are_the_same(networks, drawn):
