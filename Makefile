@@ -61,9 +61,11 @@ power: .venv/run.stamp
 	cp outputs/power/map.png docs/power-map.png
 	cp outputs/power/learning.png docs/power-learning.png
 
-# Speed of the channel simulator on this machine; `make peers` first to see other software beside it.
+# Speed of every stage on this machine; `make peers` first to see other software beside it.
 benchmark: .venv/run.stamp
 	$(BIN)/python -m eval.benchmark channel
+	$(BIN)/python -m eval.benchmark codec --rounds 3 --steps 25
+	$(BIN)/python -m eval.benchmark power --rounds 3
 	$(BIN)/python -m eval.benchmark tables
 
 quality: .venv/run.stamp
