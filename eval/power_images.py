@@ -39,7 +39,7 @@ class Arguments:
     """The policy that was trained on image PSNR; left out if absent."""
     held_out: Path = Path("runs/codec-scenes/held_out")
     """Cache of held-out latents, as eval.codec makes it."""
-    num: int = 1000
+    num: int = 500
     """Images, one realisation each."""
     rate: float = 4.0
     """Compression ratio of the seed."""
