@@ -19,21 +19,7 @@ from megjax.channel import Fading, GaussMarkovFading, JakesFading, RayleighFadin
 from megjax.channel.numerics import squared_magnitude
 from megjax.codec import SeedCodec
 from megjax.configs import require, require_positive_integers
-from megjax.power import (
-    ChannelInversion,
-    Clairvoyant,
-    ClairvoyantWaterfilling,
-    EqualPower,
-    LearnedPower,
-    LoadedPower,
-    StaticPower,
-    Waterfilling,
-    causal_optimum,
-    gain_law,
-    load_table,
-    power_problem,
-    weighted_errors,
-)
+from megjax.power import POLICIES, LearnedPower, LoadedPower, make_policy, power_problem, weighted_errors
 from megjax.runtime import check_seed, command
 from megjax.units import check_snr_db
 
@@ -95,20 +81,11 @@ def settings(args: Arguments) -> list[Setting]:
 
 def policies(setting: Setting, args: Arguments, load) -> dict[str, Any]:
     """The policies of a setting by name, but for the learned ones."""
-    law = gain_law(setting.fading, args.blocks)
-    found = {
-        "equal": EqualPower(),
-        "static": StaticPower(load_table(law)),
-        "inversion": ChannelInversion(law),
-        "waterfilling": Waterfilling(law),
-        "waterfilling_clairvoyant": ClairvoyantWaterfilling(),
-        "clairvoyant": Clairvoyant(),
-    }
-    if load is not None:
-        found["codec"] = LoadedPower(load)
-    if not isinstance(setting.fading, JakesFading):
-        found["dp"] = causal_optimum(setting.fading, args.blocks)
-    return found
+    names = [name for name in POLICIES if name not in ("codec", "ppo")]
+    if isinstance(setting.fading, JakesFading):
+        names.remove("dp")
+    found = {name: make_policy(name, setting.fading, args.blocks) for name in names}
+    return found if load is None else found | {"codec": LoadedPower(load)}
 
 
 def learned(setting: Setting, args: Arguments) -> dict[str, list[LearnedPower]]:

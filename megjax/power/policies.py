@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from megjax.power.laws import GainLaw, LoadTable, mean_error, static_power
+from megjax.power.laws import GainLaw, LoadTable, static_power
 from megjax.power.problem import Problem, check_gains
 
 _BISECTIONS = 40
@@ -211,11 +211,6 @@ class Clairvoyant:
         highest = jnp.max(log_worth)
         low, high = _bracket(lambda x: problem.energy - jnp.sum(power(x)), highest - 90.0, highest)
         return _between(power(high), power(low), problem)
-
-
-def expected_static_errors(law: GainLaw, problem: Problem, power: Float[Array, " t"]) -> Float[Array, " t"]:
-    """w_t E[1 / (1 + p_t g snr)] of every block [t] at powers that do not depend on the gains."""
-    return problem.weights * mean_error(law, power * problem.snr)
 
 
 def _between(least: Float[Array, " t"], most: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
