@@ -3,9 +3,11 @@
 from megjax.metrics.bootstrap import bootstrap_interval
 from megjax.metrics.frechet import feature_statistics, frechet_distance
 from megjax.metrics.image import psnr, ssim
+from megjax.metrics.inception import Inception
 from megjax.metrics.scenenet import SceneNet, SceneNetConfig
 
 __all__ = [
+    "Inception",
     "SceneNet",
     "SceneNetConfig",
     "bootstrap_interval",
