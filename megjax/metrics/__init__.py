@@ -4,6 +4,7 @@ from megjax.metrics.bootstrap import bootstrap_interval
 from megjax.metrics.frechet import feature_statistics, frechet_distance
 from megjax.metrics.image import psnr, ssim
 from megjax.metrics.inception import Inception
+from megjax.metrics.kid import kernel_distance, squared_mmd
 from megjax.metrics.scenenet import SceneNet, SceneNetConfig
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "bootstrap_interval",
     "feature_statistics",
     "frechet_distance",
+    "kernel_distance",
     "psnr",
+    "squared_mmd",
     "ssim",
 ]
