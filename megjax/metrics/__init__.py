@@ -1,4 +1,4 @@
-"""Quality of received images: PSNR, SSIM, Frechet distances, caption accuracy by SceneNet, bootstrap intervals."""
+"""Quality of received images: PSNR, SSIM, Frechet and kernel distances, caption accuracy, intervals, streaming."""
 
 from megjax.metrics.bootstrap import bootstrap_interval
 from megjax.metrics.frechet import FrechetInterval, feature_statistics, frechet_distance, frechet_interval
@@ -6,9 +6,11 @@ from megjax.metrics.image import psnr, ssim
 from megjax.metrics.inception import Inception
 from megjax.metrics.kid import kernel_distance, squared_mmd
 from megjax.metrics.scenenet import SceneNet, SceneNetConfig
+from megjax.metrics.streaming import GaussianMoments, make_image_metrics
 
 __all__ = [
     "FrechetInterval",
+    "GaussianMoments",
     "Inception",
     "SceneNet",
     "SceneNetConfig",
@@ -17,6 +19,7 @@ __all__ = [
     "frechet_distance",
     "frechet_interval",
     "kernel_distance",
+    "make_image_metrics",
     "psnr",
     "squared_mmd",
     "ssim",
