@@ -231,6 +231,13 @@ def test_resizing_equals_pytorch(size):
     np.testing.assert_allclose(inception.resize(jnp.asarray(images)), expected, atol=PARITY)
 
 
+def test_number_of_parameters():
+    # torchvision's inception_v3 has 27,161,264, of which 3,326,696 in AuxLogits and 2,049,000 in fc.
+    _, state = nnx.split(nnx.eval_shape(lambda: Inception(ShapeRngs())))
+    sizes = {path: leaf.size for path, leaf in nnx.to_flat_state(state) if path[-1] not in ("mean", "var")}
+    assert sum(sizes.values()) == 27_161_264 - 3_326_696 - 2_049_000
+
+
 def test_every_mismatch_is_listed(weights, tmp_path):
     tensors = load_file(weights)
     del tensors["Mixed_7c.branch_pool.bn.running_var"], tensors["Conv2d_1a_3x3.conv.weight"]
