@@ -1,0 +1,283 @@
+"""What a compiled program costs: XLA's operation and byte counts, memory, collectives, and the roofline of a chip.
+
+All numbers are per device. XLA counts the body of a loop once, whatever its trip count, so programs with loops are
+composed by hand: the cost of the body is measured alone, multiplied by the trip count and added,
+`prologue + num_steps * body`.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from megjax.configs import require
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_GIB = 2**30
+_ITEM_BITS = {"pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Public peak numbers of one accelerator chip.
+
+    `ici_bandwidth` is what the chip can send in one direction over all of its links together, bytes/s: half of what
+    vendors call bidirectional. `source` says where the numbers were published.
+    """
+
+    name: str
+    flops: float
+    """Dense bfloat16 operations per second, a multiply-add being two."""
+    hbm_bandwidth: float
+    """Bytes per second."""
+    hbm_bytes: float
+    ici_bandwidth: float
+    source: str
+
+
+_TPU = "cloud.google.com/tpu/docs/"
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 275e12, 1228e9, 32.0 * _GIB, 300e9, f"{_TPU}v4; links: Jouppi et al. 2023, arXiv 2304.01433"),
+        Chip("v5e", 197e12, 819e9, 16.0 * _GIB, 200e9, f"{_TPU}v5e"),
+        Chip("v5p", 459e12, 2765e9, 95.0 * _GIB, 600e9, f"{_TPU}v5p"),
+        Chip("v6e", 918e12, 1640e9, 32.0 * _GIB, 400e9, f"{_TPU}v6e"),
+        Chip("tpu7x", 2307e12, 7380e9, 192.0 * _GIB, 600e9, f"{_TPU}tpu7x"),
+        Chip("a100", 312e12, 2039e9, 80e9, 300e9, "NVIDIA A100 SXM 80 GB data sheet"),
+        Chip("h100", 989.4e12, 3350e9, 80e9, 450e9, "NVIDIA H100 SXM data sheet"),
+        Chip("h200", 989.4e12, 4800e9, 141e9, 450e9, "NVIDIA H200 SXM data sheet"),
+    )
+}
+
+
+def find_chip(name: str) -> Chip:
+    """The chip of this name; ValueError for one that is not in `CHIPS`."""
+    require(name in CHIPS, "chip", name, f"one of {tuple(CHIPS)}")
+    return CHIPS[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of device memory that a program holds while it runs; `aliased` outputs live in donated arguments."""
+
+    arguments: int = 0
+    outputs: int = 0
+    aliased: int = 0
+    temporaries: int = 0
+    code: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All collectives of one kind: how many, and bytes of their larger side (input or result) on one device.
+
+    `sent` is what a device sends in the bandwidth-optimal ring algorithm over n devices: (n - 1)/n of the bytes, twice
+    that for an all-reduce, and all of them for a permute (R. Thakur et al., "Optimization of Collective Communication
+    Operations in MPICH", 2005).
+    """
+
+    kind: str
+    count: int
+    bytes: int | float
+    sent: int | float
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Operations, bytes moved to and from memory, collectives and memory of a program on one device.
+
+    Costs of programs that run one after the other add, and `cost * n` is the cost of n runs; memory then is the largest
+    of any of them, not the sum. `transcendentals` are counted apart from `flops`.
+    """
+
+    flops: float = 0.0
+    transcendentals: float = 0.0
+    bytes_accessed: float = 0.0
+    collectives: tuple[Collective, ...] = ()
+    memory: Memory = Memory()
+
+    def __add__(self, other: "Cost") -> "Cost":
+        if not isinstance(other, Cost):
+            return NotImplemented
+        return Cost(
+            self.flops + other.flops,
+            self.transcendentals + other.transcendentals,
+            self.bytes_accessed + other.bytes_accessed,
+            _merge((*self.collectives, *other.collectives)),
+            max(self.memory, other.memory, key=lambda memory: memory.total),
+        )
+
+    def __mul__(self, times: int) -> "Cost":
+        if isinstance(times, bool) or not isinstance(times, int):
+            return NotImplemented
+        require(times >= 0, "number of runs", times, "at least 0")
+        return dataclasses.replace(
+            self,
+            flops=self.flops * times,
+            transcendentals=self.transcendentals * times,
+            bytes_accessed=self.bytes_accessed * times,
+            collectives=tuple(
+                Collective(c.kind, c.count * times, c.bytes * times, c.sent * times) for c in self.collectives if times
+            ),
+        )
+
+    __rmul__ = __mul__
+
+    @property
+    def bytes_sent(self) -> int | float:
+        """Bytes that a device sends to others."""
+        return sum(c.sent for c in self.collectives)
+
+
+def _merge(collectives: Iterable[Collective]) -> tuple[Collective, ...]:
+    """One entry per kind, in the order of `COLLECTIVES`."""
+    found: dict[str, Collective] = {}
+    for c in collectives:
+        old = found.get(c.kind, Collective(c.kind, 0, 0, 0))
+        found[c.kind] = Collective(c.kind, old.count + c.count, old.bytes + c.bytes, old.sent + c.sent)
+    return tuple(found[kind] for kind in COLLECTIVES if kind in found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Lower bounds in seconds on the time of a program, by what would take it."""
+
+    compute: float
+    memory: float
+    interconnect: float
+
+    @property
+    def seconds(self) -> float:
+        """The largest bound: all three overlapping perfectly."""
+        return max(self.compute, self.memory, self.interconnect)
+
+    @property
+    def bound(self) -> str:
+        """What the program is bound by: "compute", "memory" or "interconnect"."""
+        return max(("compute", "memory", "interconnect"), key=lambda name: getattr(self, name))
+
+
+def roofline(cost: Cost, chip: Chip, devices_per_chip: int = 1) -> Roofline:
+    """Roofline of a program on a chip (S. Williams et al. 2009), with a third roof for what it sends to others.
+
+    `devices_per_chip` is how many of JAX's devices share the chip's peaks evenly. ValueError unless it is at least 1.
+    """
+    require(devices_per_chip >= 1, "devices_per_chip", devices_per_chip, "at least 1")
+    return Roofline(
+        cost.flops * devices_per_chip / chip.flops,
+        cost.bytes_accessed * devices_per_chip / chip.hbm_bandwidth,
+        cost.bytes_sent * devices_per_chip / chip.ici_bandwidth,
+    )
+
+
+def shapes_of(tree: PyTree, sharding: Any = None) -> PyTree:
+    """The arrays of a tree as shapes, with `sharding` if given (else their own, where they have one)."""
+
+    def shape(x):
+        placed = getattr(x, "sharding", None) if sharding is None else sharding
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
+
+    return jax.tree.map(shape, tree)
+
+
+def cost_of(fn: Callable, *args: PyTree, **static: Any) -> Cost:
+    """Cost of `fn(*args, **static)` from shapes alone: compiled, never run.
+
+    `args` are arrays or `jax.ShapeDtypeStruct`s; those that carry a sharding decide the devices, which may be a
+    topology's. `static` are compile-time constants. `fn` may be jitted already. The body of a loop counts once.
+
+    Raises ValueError if the backend cannot analyse its programs.
+    """
+    bound = functools.partial(fn, **static) if static else fn
+    jitted = bound if hasattr(bound, "lower") else jax.jit(bound)
+    return cost_of_compiled(jitted.lower(*args).compile())
+
+
+def cost_of_compiled(compiled: jax.stages.Compiled) -> Cost:
+    """Cost of a compiled program; ValueError if its backend offers no analysis."""
+    counts, stats = compiled.cost_analysis(), compiled.memory_analysis()
+    counts = counts[0] if isinstance(counts, list | tuple) and counts else counts
+    if not counts or stats is None:
+        raise ValueError("the backend has no cost analysis; compile for cpu, tpu or gpu")
+    memory = Memory(
+        stats.argument_size_in_bytes,
+        stats.output_size_in_bytes,
+        stats.alias_size_in_bytes,
+        stats.temp_size_in_bytes,
+        stats.generated_code_size_in_bytes,
+    )
+    return Cost(
+        float(counts.get("flops", 0.0)),
+        float(counts.get("transcendentals", 0.0)),
+        float(counts.get("bytes accessed", 0.0)),
+        collectives_in(compiled.as_text()),
+        memory,
+    )
+
+
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
+_EXPLICIT_GROUP, _IOTA_GROUP = (
+    re.compile(r"replica_groups=\{\{([0-9,]*)\}"),
+    re.compile(r"replica_groups=\[\d+,(\d+)\]"),
+)
+
+
+def collectives_in(hlo: str) -> tuple[Collective, ...]:
+    """Collectives in the text of a compiled module, by kind; one that is split in start and done counts once.
+
+    Those in the body of a loop count once. A group of unknown size counts as very large.
+    """
+    sizes, found = {}, []
+    for line in hlo.splitlines():
+        match = _INSTRUCTION.match(line)
+        if match is None:
+            continue
+        name, shape, opcode, rest = match.groups()
+        sizes[name] = _array_bytes(shape)
+        kind = opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            continue
+        given = sum(sum(sizes.get(operand, ())) for operand in re.findall(r"%([\w.\-]+)", rest.split(")", 1)[0]))
+        result = sum(sizes[name])
+        if opcode.endswith("-start") and kind != "all-reduce":  # the result is (inputs, outputs, contexts)
+            result = max(result - given, 0)
+        found.append(_collective(kind, max(given, result), _group_size(line)))
+    return _merge(found)
+
+
+def _collective(kind: str, size: float, devices: int | float) -> Collective:
+    share = 1.0 if kind == "collective-permute" else (1 - 1 / devices) * (2 if kind == "all-reduce" else 1)
+    return Collective(kind, 1, size, size * share)
+
+
+def _array_bytes(shape: str) -> list[float]:
+    """Bytes of every array in the text of a shape, such as `(bf16[8,128]{1,0:T(8,128)(2,1)}, s32[])`."""
+    return [
+        math.prod(int(n) for n in dims.split(",") if n) * _item_bits(kind) / 8 for kind, dims in _ARRAY.findall(shape)
+    ]
+
+
+def _item_bits(kind: str) -> int:
+    """Bits of one element: the number in its name, as in f32, s4 and f8e4m3fn."""
+    digits = re.match(r"[a-z]+(\d+)", kind)
+    return _ITEM_BITS.get(kind, int(digits[1]) if digits else 0)
+
+
+def _group_size(line: str) -> int | float:
+    """Devices that take part in one group of a collective."""
+    if match := _EXPLICIT_GROUP.search(line):
+        return len(match[1].split(","))
+    if match := _IOTA_GROUP.search(line):
+        return int(match[1])
+    return math.inf

@@ -1,0 +1,121 @@
+"""Costs of compiled programs: XLA's counts, how they compose, collectives, and rooflines."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from megjax.cost import CHIPS, Chip, Collective, Cost, Memory, collectives_in, cost_of, find_chip, roofline, shapes_of
+
+
+def matrix(m, n, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct((m, n), dtype)
+
+
+def test_matrix_product_takes_2mnk_operations():
+    cost = cost_of(lambda a, b: a @ b, matrix(64, 128), matrix(128, 32))
+    assert cost.flops == 2 * 64 * 128 * 32
+    assert cost.bytes_accessed == 4 * (64 * 128 + 128 * 32 + 64 * 32)
+    assert (cost.memory.arguments, cost.memory.outputs) == (4 * (64 * 128 + 128 * 32), 4 * 64 * 32)
+    assert cost.collectives == ()
+
+
+def test_a_loop_body_counts_once_and_composition_multiplies():
+    step = lambda x: x @ x  # noqa: E731
+
+    def repeated(x, num_steps):
+        return jax.lax.scan(lambda x, _: (step(x), None), x, None, num_steps)[0]
+
+    ten, hundred = (cost_of(repeated, matrix(64, 64), num_steps=n).flops for n in (10, 100))
+    once = cost_of(step, matrix(64, 64))
+    assert ten == hundred == pytest.approx(once.flops, rel=1e-3)
+    assert (once * 10).flops == (10 * once).flops == 10 * once.flops
+
+
+def test_jitted_functions_and_arrays_are_taken_as_they_are():
+    x = jnp.ones((8, 8))
+    donated = cost_of(jax.jit(lambda x: x + 1, donate_argnums=0), shapes_of(x))
+    assert donated.memory.aliased == 256 and donated.memory.total == 256 + donated.memory.code
+    assert cost_of(lambda x: x @ x, x).flops == 2 * 8**3
+
+
+def test_costs_add_and_memory_is_the_largest():
+    gather = Collective("all-gather", 1, 80, 70)
+    first = Cost(10.0, 1.0, 100.0, (gather,), Memory(arguments=5, temporaries=5))
+    second = Cost(1.0, 0.0, 10.0, (Collective("all-reduce", 2, 8, 14), gather), Memory(arguments=20, aliased=3))
+    total = first * 3 + second
+    assert (total.flops, total.transcendentals, total.bytes_accessed) == (31.0, 3.0, 310.0)
+    assert total.collectives == (Collective("all-reduce", 2, 8, 14), Collective("all-gather", 4, 320, 280))
+    assert total.bytes_sent == 294 and total.memory == second.memory and total.memory.total == 17
+    assert (first * 0).flops == 0 and (first * 0).collectives == ()
+    with pytest.raises(ValueError, match="number of runs is -1"):
+        first * -1
+    with pytest.raises(TypeError):
+        first * 0.5
+
+
+def test_roofline_of_a_made_up_chip():
+    chip = Chip("made up", flops=100.0, hbm_bandwidth=10.0, hbm_bytes=1.0, ici_bandwidth=2.0, source="here")
+    cost = Cost(flops=200.0, bytes_accessed=50.0, collectives=(Collective("all-reduce", 1, 4, 6.0),))
+    bounds = roofline(cost, chip)
+    assert (bounds.compute, bounds.memory, bounds.interconnect) == (2.0, 5.0, 3.0)
+    assert bounds.seconds == 5.0 and bounds.bound == "memory"
+    assert roofline(cost, chip, devices_per_chip=2).seconds == 10.0
+    with pytest.raises(ValueError, match="devices_per_chip is 0"):
+        roofline(cost, chip, 0)
+
+
+def test_chips():
+    assert find_chip("v5e").flops == 197e12
+    for chip in CHIPS.values():
+        balance = chip.flops / chip.hbm_bandwidth  # operations per byte: 100 to 600 on every chip that is sold
+        assert 100 < balance < 600 and chip.ici_bandwidth < chip.hbm_bandwidth and chip.source
+    with pytest.raises(ValueError, match="chip is 'v3'"):
+        find_chip("v3")
+
+
+HLO = """
+  %p = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %ag-start = (bf16[4,8]{1,0}, bf16[16,8]{1,0:T(8,128)(2,1)S(1)}) all-gather-start(%p), replica_groups={{0,1,2,3}}
+  %ag-done = bf16[16,8]{1,0} all-gather-done(%ag-start)
+  %ar = (f32[10]{0}, f32[6]{0}) all-reduce(%a, %b), replica_groups=[2,4]<=[8], to_apply=%add
+  %c = f32[4]{0} constant(0)
+  ROOT %rs = f32[2]{0} reduce-scatter(%c), replica_groups={{0,1},{2,3}}, dimensions={0}
+"""
+
+
+def test_collectives_in_a_text():
+    reduced, gathered, scattered = collectives_in(HLO)
+    assert gathered == Collective("all-gather", 1, 256, 192)
+    assert reduced == Collective("all-reduce", 1, 64, 96)
+    assert (scattered.kind, scattered.bytes, scattered.sent) == ("reduce-scatter", 16, 8)
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from megjax.cost import cost_of
+jax.config.update("jax_num_cpu_devices", 4)
+mesh = Mesh(np.array(jax.devices()), ("data",))
+total = jax.shard_map(lambda x: jax.lax.psum(x, "data"), mesh=mesh, in_specs=P("data"), out_specs=P())
+whole = jax.shard_map(lambda x: jax.lax.all_gather(x, "data", tiled=True), mesh=mesh, in_specs=P("data"),
+                      out_specs=P("data"), check_vma=False)
+x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+for fn in (total, whole):
+    print(*((c.kind, int(c.count), int(c.bytes), int(c.sent)) for c in cost_of(fn, x).collectives))
+"""
+
+
+def test_collectives_of_a_sharded_program():
+    """Four devices hold two rows of 64 bytes each: 128 bytes are reduced, 512 gathered."""
+    command = [sys.executable, "-c", SHARDED]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines == ["('all-reduce', 1, 128, 192)", "('all-gather', 1, 512, 384)"]
+
+
+def test_shapes_of_keeps_types():
+    shapes = shapes_of({"a": np.zeros((2, 3), np.int8), "b": matrix(1, 2, jnp.bfloat16)})
+    assert shapes["a"].shape == (2, 3) and shapes["a"].dtype == np.int8 and shapes["b"].dtype == jnp.bfloat16
