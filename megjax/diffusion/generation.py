@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from megjax.configs import require
 from megjax.diffusion import samplers
-from megjax.diffusion.samplers import Sampler, SolverState
+from megjax.diffusion.samplers import Sampler
 
-Denoiser = Callable[[Float[Array, "b h w c"], Shaped[Array, ""]], Float[Array, "b h w c"]]
+Denoiser = Callable[[Float[Array, "b h w c"], Shaped[Array, "*b"]], Float[Array, "b h w c"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,47 @@ def encode_prompts(graphs: Graphs, params: PyTree, ids: Int[Array, "b l"], clip_
     return nnx.merge(graphs.text_encoder, params["text_encoder"])(ids, clip_skip)
 
 
+def prompt_features(
+    graphs: Graphs,
+    params: PyTree,
+    ids: Int[Array, "b l"],
+    negative_ids: Int[Array, "b l"] | None = None,
+    clip_skip: int = 0,
+) -> tuple[Float[Array, "b l e"], Float[Array, "b l e"] | None]:
+    """Text features of prompts and, from the same batched call, of negative prompts (None without)."""
+    if negative_ids is None:
+        return encode_prompts(graphs, params, ids, clip_skip), None
+    both = encode_prompts(graphs, params, jnp.concatenate([ids, negative_ids]), clip_skip)
+    return both[: len(ids)], both[len(ids) :]
+
+
+def denoiser_for(
+    graphs: Graphs,
+    params: PyTree,
+    positive: Float[Array, "b l e"],
+    negative: Float[Array, "b l e"] | None,
+    guidance_scale: Float[Array, ""] | float,
+) -> Denoiser:
+    """The model as a function of scaled latents and of one timestep, or one for each of them, for these text features.
+
+    With `negative` features it is guided: negative + guidance_scale * (positive - negative), both from one batched call
+    (Ho and Salimans 2022, eq. 6, with diffusers' meaning of the scale: 1 is no guidance).
+    """
+    unet = nnx.merge(graphs.unet, params["unet"])
+    guided = negative is not None
+    context = jnp.concatenate([negative, positive]) if guided else positive
+
+    def denoiser(x: Float[Array, "b h w c"], timestep: Shaped[Array, "*b"]) -> Float[Array, "b h w c"]:
+        timesteps = jnp.broadcast_to(timestep, x.shape[:1])
+        if not guided:
+            return unet(x, timesteps, context)
+        output = unet(jnp.concatenate([x, x]), jnp.concatenate([timesteps, timesteps]), context)
+        without, given = jnp.split(output, 2)
+        return without + guidance_scale * (given - without)
+
+    return denoiser
+
+
 def make_denoiser(
     graphs: Graphs,
     params: PyTree,
@@ -38,25 +79,9 @@ def make_denoiser(
     guidance_scale: Float[Array, ""] | float,
     clip_skip: int = 0,
 ) -> Denoiser:
-    """The model as a function of scaled latents and timestep, text features being computed once.
-
-    With `negative_ids` it is guided: negative + guidance_scale * (positive - negative), both from one batched call
-    (Ho and Salimans 2022, eq. 6, with diffusers' meaning of the scale: 1 is no guidance).
-    """
-    unet = nnx.merge(graphs.unet, params["unet"])
-    guided = negative_ids is not None
-    all_ids = jnp.concatenate([negative_ids, ids]) if guided else ids
-    context = encode_prompts(graphs, params, all_ids, clip_skip)
-
-    def denoiser(x: Float[Array, "b h w c"], timestep: Shaped[Array, ""]) -> Float[Array, "b h w c"]:
-        batch = jnp.concatenate([x, x]) if guided else x
-        output = unet(batch, jnp.broadcast_to(timestep, batch.shape[:1]), context)
-        if not guided:
-            return output
-        negative, positive = jnp.split(output, 2)
-        return negative + guidance_scale * (positive - negative)
-
-    return denoiser
+    """`denoiser_for` the features of these token ids, which are computed once."""
+    features = prompt_features(graphs, params, ids, negative_ids, clip_skip)
+    return denoiser_for(graphs, params, *features, guidance_scale)
 
 
 def image_keys(key: Key[Array, ""], batch: int) -> tuple[Key[Array, " b"], Key[Array, " b"]]:
@@ -78,10 +103,13 @@ def generate_latents(
     initial_noise: Float[Array, "b h w c"] | None = None,
     sampler_noise: Float[Array, "n b h w c"] | None = None,
     clip_skip: int = 0,
+    stop: int | None = None,
 ) -> Float[Array, "b h w c"]:
     """Latents [b h w c] of `shape`, as the U-Net sees them; image i depends on `key`, i and its prompt only.
 
-    `initial_noise` (unit variance) and `sampler_noise` (for stochastic samplers) replace what `key` would draw.
+    `initial_noise` (unit variance) and `sampler_noise` (for stochastic samplers) replace what `key` would draw. With
+    `stop` only so many steps are taken, and the latents are variance preserving at the noise level
+    `samplers.alpha_bar(sampler, stop)`.
     """
     noise_keys, step_keys = image_keys(key, ids.shape[0])
     if initial_noise is None:
@@ -89,29 +117,8 @@ def generate_latents(
     denoiser = make_denoiser(graphs, params, ids, negative_ids, guidance_scale, clip_skip)
     x = samplers.scale_initial(sampler, initial_noise)
     step_key = step_keys if sampler_noise is None else None
-    latents, _ = samplers.denoise(denoiser, sampler, x, key=step_key, noise=sampler_noise)
-    return latents
-
-
-def continue_latents(
-    graphs: Graphs,
-    params: PyTree,
-    sampler: Sampler,
-    x: Float[Array, "b h w c"],
-    ids: Int[Array, "b l"],
-    *,
-    start: int,
-    stop: int | None = None,
-    state: SolverState | None = None,
-    key: Key[Array, ""] | None = None,
-    negative_ids: Int[Array, "b l"] | None = None,
-    guidance_scale: Float[Array, ""] | float = 1.0,
-    clip_skip: int = 0,
-) -> tuple[Float[Array, "b h w c"], SolverState]:
-    """Steps `start` to `stop` of the sampling from `x`, with the solver's `state` (None restarts it); see `denoise`."""
-    step_keys = None if key is None else image_keys(key, ids.shape[0])[1]
-    denoiser = make_denoiser(graphs, params, ids, negative_ids, guidance_scale, clip_skip)
-    return samplers.denoise(denoiser, sampler, x, start=start, stop=stop, state=state, key=step_keys)
+    latents, _ = samplers.denoise(denoiser, sampler, x, stop=stop, key=step_key, noise=sampler_noise)
+    return latents if stop is None else samplers.to_vp(sampler, latents, stop)
 
 
 def in_batches(function: Callable, values: Float[Array, "n ..."], batch_size: int | None) -> Array:

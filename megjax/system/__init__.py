@@ -1,0 +1,48 @@
+"""Mobile edge generation end to end: schemes, the protocol as one pure function, its constants and its costs."""
+
+from megjax.system.build import (
+    ENERGIES,
+    NUM_BLOCKS,
+    SCHEMES,
+    codec_statistics,
+    latent_moments,
+    make_simulator,
+    measured_weights,
+    num_symbols,
+    simulate,
+)
+from megjax.system.image_codec import CodedImageLink, ImageCodecTable, fit_image_codec
+from megjax.system.links import AnalogLink, Code, Link, Noisy, QAMLink, Source, SplitConstants, SplitLink
+from megjax.system.rewards import image_quality
+from megjax.system.simulator import BlockWeights, Delivery, Simulator, Transmission
+from megjax.system.source import STATISTICS_NAME, SourceStatistics
+
+__all__ = [
+    "AnalogLink",
+    "BlockWeights",
+    "Code",
+    "CodedImageLink",
+    "Delivery",
+    "ENERGIES",
+    "ImageCodecTable",
+    "Link",
+    "NUM_BLOCKS",
+    "Noisy",
+    "QAMLink",
+    "SCHEMES",
+    "STATISTICS_NAME",
+    "Simulator",
+    "Source",
+    "SourceStatistics",
+    "SplitConstants",
+    "SplitLink",
+    "Transmission",
+    "codec_statistics",
+    "fit_image_codec",
+    "image_quality",
+    "latent_moments",
+    "make_simulator",
+    "measured_weights",
+    "num_symbols",
+    "simulate",
+]

@@ -1,0 +1,287 @@
+"""Simulators by name: schemes, their variants, fading laws and power policies put together and checked."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float, Key
+
+from megjax.channel import Fading, RayleighFading
+from megjax.codec import SeedCodec, link
+from megjax.codec.linear import LatentStatistics
+from megjax.codec.network import SeedNetwork
+from megjax.codec.schemes import KLTScheme, LearnedScheme, RawScheme, Scheme
+from megjax.configs import require
+from megjax.diffusion.pipeline import StableDiffusion
+from megjax.power import EqualPower, Policy, make_policy
+from megjax.system import simulator as simulators
+from megjax.system.image_codec import CodedImageLink, ImageCodecTable
+from megjax.system.links import AnalogLink, Link, QAMLink, SplitConstants, SplitLink
+from megjax.system.simulator import BlockWeights, Simulator, Transmission
+from megjax.system.source import SourceStatistics
+from megjax.units import check_snr_db, linear_to_db
+
+NUM_BLOCKS = 16
+"""Fading blocks per image, T, unless said otherwise."""
+SCHEMES = {
+    "centralized": ("analog", "qam", "coded"),
+    "latent": ("symbol", "wiener"),
+    "seed": ("learned", "klt"),
+    "split": ("latent",),
+}
+"""Schemes and their variants, the default first."""
+ENERGIES = ("equal_power", "equal_energy")
+"""P = 1, or P = K_latent / K, so that every scheme radiates the energy of the raw latent at P = 1."""
+WEIGHT_GRID_DB = tuple(np.arange(-15.0, 36.0, 5.0).tolist())
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["value"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fixed:
+    """A user's object that is no pytree, as a leafless one: it has its attributes, and no parameters."""
+
+    value: Any
+
+    def __getattr__(self, name: str):
+        return getattr(object.__getattribute__(self, "value"), name)
+
+
+def as_pytree(value: Any) -> Any:
+    """`value` if JAX knows how to take it apart, else wrapped as `Fixed`."""
+    leaves = jax.tree.leaves(value)
+    return Fixed(value) if len(leaves) == 1 and leaves[0] is value else value
+
+
+def num_symbols(scheme: str, image_shape: tuple[int, ...], latent_shape: tuple[int, ...], rate: float = 4.0) -> int:
+    """Complex channel uses K of one image.
+
+    3HW/2 for analog pixels (`centralized`), hwc/2 for the raw `latent` and for `split`, hwc/(2r) for the `seed` at
+    compression ratio `rate`. ValueError for another scheme or a rate that gives no symbol.
+    """
+    require(scheme in SCHEMES, "scheme", scheme, f"one of {tuple(SCHEMES)}")
+    if scheme == "seed":
+        return link.symbols_at_rate(rate, int(np.prod(latent_shape)))
+    return -(-int(np.prod(image_shape if scheme == "centralized" else latent_shape)) // 2)
+
+
+def codec_statistics(codec: SeedCodec) -> LatentStatistics:
+    """Mean, variances and basis of the latents that a codec was trained on; ValueError if it keeps none of them all.
+
+    A codec whose latent is cut into several tiles, or with transform "raw", has no statistics of whole latents.
+    """
+    config, network = codec.config, nnx.merge(codec.graph, codec.state)
+    whole = config.num_tiles == 1 and config.transform == "klt"
+    require(whole, "codec", f"{config.num_tiles} tiles, transform {config.transform!r}", "one tile, transform 'klt'")
+    return LatentStatistics(network.latent_mean[...], jnp.square(network.scale[...]), network.basis[...])
+
+
+def latent_moments(codec: SeedCodec | None, source: SourceStatistics) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation by channel of generated latents; of encoded images where no codec knows better."""
+    if codec is None:
+        return np.asarray(source.latent_mean, np.float32), np.asarray(source.latent_std, np.float32)
+    network: SeedNetwork = nnx.merge(codec.graph, codec.state)
+    scale, channels = np.asarray(network.scale[...], np.float64), codec.latent_shape[2]
+    basis = np.eye(len(scale)) if network.basis is None else np.asarray(network.basis[...], np.float64)
+    variance = (np.square(basis) @ np.square(scale)).reshape(-1, channels)
+    mean = np.asarray(network.latent_mean[...], np.float64).reshape(-1, channels)
+    std = np.sqrt(variance.mean(0) + mean.var(0))
+    return mean.mean(0).astype(np.float32), std.astype(np.float32)
+
+
+def make_simulator(
+    pipe: StableDiffusion,
+    codec: SeedCodec | Scheme | None = None,
+    scheme: str = "seed",
+    fading: Fading | None = None,
+    policy: str | Policy = "codec",
+    *,
+    variant: str | None = None,
+    rate: float = 4.0,
+    energy: str = "equal_power",
+    num_blocks: int = NUM_BLOCKS,
+    mapping: str | None = None,
+    modulation: str = "16qam",
+    image_codec: ImageCodecTable | None = None,
+    statistics: SourceStatistics | None = None,
+    device_steps: int = 5,
+    server_steps: int | None = None,
+    weights: BlockWeights | None = None,
+    peak_power: float = float("inf"),
+    num_steps: int = 25,
+    guided: bool = True,
+    sampler: str | None = None,
+    decode_batch: int | None = None,
+) -> Simulator:
+    """The whole of mobile edge generation under one scheme: `simulator(key, simulator.params, ids, snr_db)`.
+
+    Args:
+      pipe: the diffusion model of server and device.
+      codec: of the seed, a `SeedCodec` or anything with the methods of `megjax.codec.schemes.Scheme`; the statistics of
+        a `SeedCodec` also serve the other schemes.
+      scheme, variant: of `SCHEMES`. `latent` is received symbol by symbol or by the full-covariance Wiener filter.
+      fading: a law of the gains (Rayleigh by default), anything with `sample(key, num_blocks)`.
+      policy: of `megjax.power.POLICIES` or an object with `allocate`; "codec" is the load that the code asks for.
+      rate: compression ratio r of the seed.
+      energy: of `ENERGIES`.
+      mapping: of symbols to blocks; "ordered" for the seed and "interleaved" for the rest by default.
+      modulation: of the uncoded pixels.
+      image_codec: of the coded pixels, by `fit_image_codec` for this fading and energy.
+      statistics: constants of analog pixels, and of raw latents without a `SeedCodec`.
+      device_steps, server_steps: denoising steps of `split`; the server takes all of its steps unless told how many.
+      weights: importance of the blocks; by default measured on the codec's validation latents where a policy asks.
+      peak_power: largest power of a block in units of P.
+      num_steps, guided, sampler: of the server's sampling.
+      decode_batch: how many images the decoder holds at once.
+
+    Raises:
+      ValueError: an unknown name, parts that do not fit each other, or a number out of range.
+    """
+    require(scheme in SCHEMES, "scheme", scheme, f"one of {tuple(SCHEMES)}")
+    variant = SCHEMES[scheme][0] if variant is None else variant
+    require(variant in SCHEMES[scheme], f"variant of {scheme!r}", variant, f"one of {SCHEMES[scheme]}")
+    require(energy in ENERGIES, "energy", energy, f"one of {ENERGIES}")
+    require(peak_power > 0, "peak_power", peak_power, "positive")
+    fading = RayleighFading() if fading is None else fading
+    learned = codec if isinstance(codec, SeedCodec) else None
+    latent_shape = pipe.latent_shape()
+    if learned is not None:
+        fits = learned.latent_shape == latent_shape
+        require(fits, "codec's latent shape", learned.latent_shape, f"the model's, {latent_shape}")
+    table = pipe.sampler(sampler, num_steps)
+    if server_steps is not None:
+        fits = scheme == "split" and 1 <= server_steps <= table.num_steps
+        require(fits, "server_steps", server_steps, f"from 1 to {table.num_steps}, with scheme 'split' only")
+    statistics = SourceStatistics() if statistics is None else statistics
+    parts = _Parts(pipe, codec, learned, statistics, rate, num_blocks, mapping, image_codec)
+    if scheme == "split":
+        level = 1.0 if server_steps is None else float(table.alpha_bars[server_steps])
+        mean, std = latent_moments(learned, statistics)
+        constants = SplitConstants(jnp.asarray(mean), jnp.mean(jnp.square(jnp.asarray(std))))
+        made: tuple[Link, Any] = SplitLink(latent_shape, device_steps, level, num_blocks), constants
+    elif scheme == "centralized":
+        made = parts.centralized(variant, modulation)
+    else:
+        made = parts.analog(scheme, variant)
+    way, parameters = made
+    found = make_policy(policy, fading, num_blocks) if isinstance(policy, str) else policy
+    budget = float(num_symbols("latent", (), latent_shape)) if energy == "equal_energy" else None
+    if weights is None and scheme == "seed" and found is not None and not isinstance(found, EqualPower):
+        weights = measured_weights(learned, way)
+    negative = np.asarray(pipe.tokenize([""])) if guided else None
+    params = {
+        **pipe.params,
+        "codec": as_pytree(parameters),
+        "fading": as_pytree(fading),
+        "policy": as_pytree(found),
+        "weights": weights,
+        "negative_ids": negative,
+    }
+    return Simulator(
+        params,
+        pipe.graphs,
+        way,
+        table,
+        pipe.configs.scheduler,
+        latent_shape,
+        guided,
+        server_steps,
+        device_steps,
+        budget,
+        float(peak_power),
+        decode_batch,
+    )
+
+
+def measured_weights(codec: SeedCodec | None, way: AnalogLink, snr_db: Sequence[float] = WEIGHT_GRID_DB) -> BlockWeights:
+    """Importance of the seed's blocks at these effective SNRs; equal where the codec cannot say."""
+    levels = tuple(float(level) for level in snr_db)
+    if codec is None or codec.validation is None:
+        return BlockWeights(jnp.asarray(levels), jnp.ones((len(levels), way.num_blocks)))
+    rows = [codec.block_weights(way.num_symbols, level, way.num_blocks, way.mapping) for level in levels]
+    return BlockWeights(jnp.asarray(levels), jnp.stack(rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What links are made of."""
+
+    pipe: StableDiffusion
+    codec: Any
+    learned: SeedCodec | None
+    statistics: SourceStatistics
+    rate: float
+    num_blocks: int
+    mapping: str | None
+    image_codec: ImageCodecTable | None
+
+    def centralized(self, variant: str, modulation: str) -> tuple[Link, Any]:
+        """Link and parameters of a form of `centralized`."""
+        shape = (*self.pipe.image_size, 3)
+        if variant == "qam":
+            return QAMLink(shape, modulation, self.num_blocks), ()
+        if variant == "coded":
+            require(self.image_codec is not None, "image_codec", None, "given, by fit_image_codec")
+            found = tuple(self.image_codec.mean_image.shape)
+            require(found == shape, "image_codec's image", found, f"of the model's shape, {shape}")
+            return CodedImageLink(shape, self.num_blocks), self.image_codec
+        mean, std = (jnp.asarray(x, jnp.float32) for x in (self.statistics.pixel_mean, self.statistics.pixel_std))
+        count = -(-int(np.prod(shape)) // 2)
+        return AnalogLink(count, self.num_blocks, self.mapping or "interleaved", "images"), RawScheme(mean, std, shape)
+
+    def analog(self, scheme: str, variant: str) -> tuple[Link, Any]:
+        """Link and parameters of `latent` and `seed`."""
+        shape = self.pipe.latent_shape()
+        count = num_symbols(scheme, (), shape, self.rate)
+        link.check_symbols(count, int(np.prod(shape)), self.num_blocks)
+        if scheme == "latent":
+            mean, std = (jnp.asarray(x) for x in latent_moments(self.learned, self.statistics))
+            whole = codec_statistics(self._needs_codec(scheme, variant)) if variant == "wiener" else None
+            way = AnalogLink(count, self.num_blocks, self.mapping or "interleaved")
+            return way, RawScheme(mean, std, shape, whole)
+        way = AnalogLink(count, self.num_blocks, self.mapping or "ordered")
+        if variant == "klt":
+            return way, KLTScheme(codec_statistics(self._needs_codec(scheme, variant)), shape)
+        require(self.codec is not None, "codec", None, "given for scheme 'seed'")
+        if self.learned is not None:
+            return way, LearnedScheme(self.learned.graph, self.learned.state)
+        ready = all(callable(getattr(self.codec, name, None)) for name in ("spending", "encode", "decode"))
+        require(ready, "codec", self.codec, "a SeedCodec or an object with methods spending, encode and decode")
+        return way, self.codec
+
+    def _needs_codec(self, scheme: str, variant: str) -> SeedCodec:
+        require(self.learned is not None, "codec", self.codec, f"a SeedCodec for the {variant!r} variant of {scheme!r}")
+        return self.learned
+
+
+def simulate(
+    key: Key[Array, ""],
+    pipe: StableDiffusion,
+    codec: SeedCodec | Scheme | None,
+    prompts: Sequence[str],
+    scheme: str = "seed",
+    fading: Fading | None = None,
+    snr_db: float = 0.0,
+    policy: str | Policy = "codec",
+    *,
+    realisations: int = 1,
+    guidance_scale: float = 3.0,
+    **options: Any,
+) -> Transmission:
+    """Prompts to received images in one call, compiled as one program; `options` are those of `make_simulator`.
+
+    A second call with the same shapes and options does not compile again. Raises ValueError as `make_simulator`, and
+    for an SNR that is not a number or no prompts.
+    """
+    require(check_snr_db(snr_db).ndim == 0, "snr_db", snr_db, "one number in dB")
+    require(isinstance(realisations, int) and realisations >= 1, "realisations", realisations, "an integer, 1 or more")
+    require(bool(np.isfinite(guidance_scale)), "guidance_scale", guidance_scale, "finite")
+    made = make_simulator(pipe, codec, scheme, fading, policy, guided=guidance_scale > 1, **options)
+    ids = pipe.tokenize(prompts)
+    return simulators.run(
+        made, key, made.params, ids, jnp.float32(snr_db), jnp.float32(guidance_scale), realisations
+    )

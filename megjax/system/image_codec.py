@@ -1,0 +1,178 @@
+"""Centralized, coded: finished images by JPEG or WebP over an ideal capacity-achieving channel code, with outage."""
+
+import dataclasses
+import io
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree
+from PIL import Image
+
+from megjax.channel import Fading
+from megjax.channel.numerics import squared_magnitude
+from megjax.configs import require
+from megjax.system.links import Code, Source, mean_power
+from megjax.units import check_snr_db, db_to_linear, linear_to_db
+
+OPTIONS = (
+    *(("jpeg", quality) for quality in (2, 5, 10, 20, 35, 50, 65, 80, 92)),
+    *(("webp", quality) for quality in (0, 5, 15, 30, 50, 70, 85, 95)),
+)
+"""Image codecs and their qualities, of which each SNR has the best one."""
+_RATES = np.geomspace(0.02, 12.0, 60)
+"""Spectral efficiencies R in bits per symbol to choose from."""
+_GRID_DB = np.arange(-50.0, 45.01, 0.5)
+_SHARED_SEGMENTS = (0xE0, 0xDB)
+"""JPEG segments that both ends know: JFIF header and quantisation tables."""
+
+
+class ImageCodecTable(NamedTuple):
+    """Parameters of a `CodedImageLink`: the choice for each 1 / sigma^2 of a grid, and what an outage shows."""
+
+    snr_db: Float[Array, " g"]
+    choice: Int[Array, " g"]
+    """Index into `OPTIONS`."""
+    rate: Float[Array, " g"]
+    """R in bits per symbol."""
+    mean_image: Float[Array, "H W 3"]
+
+
+def compress(images: Float[ArrayLike, "b H W 3"], codec: str, quality: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes [b] and decoded images [b H W 3] in [0, 1] of images by a codec of `OPTIONS`, on the host.
+
+    JPEG has optimised Huffman tables and 4:2:0 chroma; its quantisation tables and JFIF header are not counted, as
+    both ends know them. WebP is lossy, at its slowest and best method. ValueError for another codec.
+    """
+    require(codec in ("jpeg", "webp"), "codec", codec, "'jpeg' or 'webp'")
+    levels = np.round(255 * np.asarray(images)).astype(np.uint8)
+    sizes, decoded = np.zeros(len(levels), np.float32), np.zeros(levels.shape, np.float32)
+    for i, picture in enumerate(levels):
+        buffer = io.BytesIO()
+        options = {"optimize": True} if codec == "jpeg" else {"method": 6}
+        Image.fromarray(picture).save(buffer, codec, quality=quality, **options)
+        data = buffer.getvalue()
+        sizes[i] = len(data) - (_shared_bytes(data) if codec == "jpeg" else 0)
+        decoded[i] = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.float32) / 255
+    return sizes, decoded
+
+
+def _shared_bytes(data: bytes) -> int:
+    """Bytes of the segments before the scan that both ends know."""
+    position, shared = 2, 0
+    while data[position + 1] != 0xDA:
+        length = 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        shared += length if data[position + 1] in _SHARED_SEGMENTS else 0
+        position += length
+    return shared
+
+
+def outage_table(key: Key[Array, ""], fading: Fading, num_blocks: int, draws: int = 4000) -> np.ndarray:
+    """P(mean_t log2(1 + snr g_t) < R) at equal power, [levels rates], over the grids of this module."""
+
+    def capacities(key):
+        gains = squared_magnitude(fading.sample(key, num_blocks))
+        snr = db_to_linear(jnp.asarray(_GRID_DB, jnp.float32))
+        return jnp.mean(jnp.log2(1 + snr[:, None] * gains[None]), axis=1)
+
+    drawn = np.sort(np.asarray(jax.jit(jax.vmap(capacities))(jax.random.split(key, draws))), axis=0)
+    return np.stack([np.searchsorted(column, _RATES, side="left") for column in drawn.T]) / draws
+
+
+def fit_image_codec(
+    key: Key[Array, ""],
+    images: Float[ArrayLike, "b H W 3"],
+    fading: Fading,
+    snr_db: ArrayLike,
+    energy: float | None = None,
+    num_blocks: int = 16,
+    max_symbols: float | None = None,
+) -> ImageCodecTable:
+    """Codec, quality and R of least mean image MSE, outages included, at every one of the SNRs [g] (1 / sigma^2).
+
+    Mean K is at most `max_symbols`, by default that of analog pixels, 3 H W / 2: at given power, error would otherwise
+    always be traded for symbols without end.
+
+    `images` are training images. R is one number for each SNR and quality, so an image of B bytes has
+    K = ceil(8 B / R) symbols, whether it arrives or not; in outage the mean of `images` is shown. `energy` as in
+    `Link.code`: at a given energy P depends on the image through K. For use outside jit. Raises ValueError for SNRs
+    that are not finite.
+    """
+    levels = np.atleast_1d(check_snr_db(snr_db))
+    images = np.asarray(images, np.float32)
+    mean_image = images.mean(0)
+    lost = np.square(images - mean_image[None]).mean((1, 2, 3))
+    outage = outage_table(key, fading, num_blocks)
+    limit = images[0].size / 2 if max_symbols is None else max_symbols
+    best = [(np.inf, 0, 0.0)] * len(levels)
+    for index, option in enumerate(OPTIONS):
+        sizes, decoded = compress(images, *option)
+        error = np.square(images - decoded).mean((1, 2, 3))
+        counts = np.ceil(8 * sizes[:, None] / _RATES[None])
+        gain_db = np.zeros_like(counts) if energy is None else np.asarray(linear_to_db(energy / counts))
+        for g, level in enumerate(levels):
+            lost_share = _interpolate(outage, level + gain_db)
+            mse = np.mean((1 - lost_share) * error[:, None] + lost_share * lost[:, None], axis=0)
+            mse = np.where(counts.mean(0) <= limit, mse, np.inf)
+            chosen = int(np.argmin(mse))
+            best[g] = min(best[g], (float(mse[chosen]), index, float(_RATES[chosen])))
+    affordable = all(np.isfinite(mse) for mse, _, _ in best)
+    require(affordable, "max_symbols", limit, "enough for the coarsest image at the highest rate")
+    return ImageCodecTable(
+        jnp.asarray(levels, jnp.float32),
+        jnp.asarray([choice for _, choice, _ in best], jnp.int32),
+        jnp.asarray([rate for _, _, rate in best], jnp.float32),
+        jnp.asarray(mean_image),
+    )
+
+
+def _interpolate(outage: np.ndarray, level_db: np.ndarray) -> np.ndarray:
+    """Outage probabilities [b rates] at effective SNRs [b rates]."""
+    place = np.clip((level_db - _GRID_DB[0]) / (_GRID_DB[1] - _GRID_DB[0]), 0, len(_GRID_DB) - 1.001)
+    row = place.astype(int)
+    share, columns = place - row, np.arange(len(_RATES))[None]
+    return (1 - share) * outage[row, columns] + share * outage[row + 1, columns]
+
+
+@dataclasses.dataclass(frozen=True)
+class CodedImageLink:
+    """Images by the codec, quality and rate that an `ImageCodecTable` has for the nearest SNR.
+
+    The image codec runs on the host, by a callback, once for each image and SNR. An image arrives whole if
+    mean_t log2(1 + gamma_t) >= R, and is shown as the mean training image otherwise.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_blocks: int = 16
+    result: ClassVar[str] = "images"
+
+    def code(
+        self, params: ImageCodecTable, source: Source, snr_db: Float[ArrayLike, ""], energy: float | None
+    ) -> Code:
+        """As in `Link`; K and P are those of each image."""
+        nearest = jnp.argmin(jnp.abs(params.snr_db - snr_db))
+        rate, batch = params.rate[nearest], len(source.images)
+        shapes = jax.ShapeDtypeStruct((batch,), jnp.float32), jax.ShapeDtypeStruct(source.images.shape, jnp.float32)
+        sizes, decoded = jax.pure_callback(_compress_choice, shapes, source.images, params.choice[nearest])
+        count = jnp.ceil(8 * sizes / rate)
+        return Code(decoded, rate, count, mean_power(count, energy), jnp.ones(self.num_blocks))
+
+    def transmit(self, params, key, payload, shared, gains, power, noise_var) -> Float[Array, "H W 3"]:
+        """As in `Link`; `key` is unused, as noise is in the capacity."""
+        return jnp.where(self.arrives(shared, gains, power, noise_var), payload, params.mean_image)
+
+    def decode(
+        self, params: ImageCodecTable, received: Float[Array, "n H W 3"], shared: PyTree
+    ) -> Float[Array, "n H W 3"]:
+        """As in `Link`."""
+        return received
+
+    @staticmethod
+    def arrives(rate: Float[Array, ""], gains, power, noise_var) -> Bool[Array, ""]:
+        """Whether a realisation carries R bits per symbol."""
+        return jnp.mean(jnp.log2(1 + power * squared_magnitude(gains) / noise_var)) >= rate
+
+
+def _compress_choice(images, choice) -> tuple[np.ndarray, np.ndarray]:
+    return compress(images, *OPTIONS[int(choice)])

@@ -1,0 +1,279 @@
+"""What crosses the radio link in each scheme: seed coding at the server, transmission, decoding at the device.
+
+A link is static; its parameters are a pytree that is handed to every method, so that they can be swept and
+differentiated. The link is simulated at mean power 1 and noise variance sigma^2 / P, which is the same physics as mean
+power P and sigma^2. SNRs called effective are P / sigma^2.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Complex, Float, Key, PyTree
+
+from megjax.channel import (
+    MAPPINGS,
+    bits_per_symbol,
+    demodulate,
+    equalize_lmmse,
+    equalize_zf,
+    modulate,
+    pack,
+    post_equalisation_snr,
+    symbols_per_block,
+    transmit,
+    unpack,
+)
+from megjax.codec import link
+from megjax.configs import require
+from megjax.units import linear_to_db
+
+RESULTS = ("latents", "images", "noisy")
+"""What decoding gives: clean latents, finished images, or latents that the device has yet to denoise."""
+
+
+class Source(NamedTuple):
+    """What the server has made of a batch of prompts."""
+
+    latents: Float[Array, "b h w c"]
+    images: Float[Array, "b H W 3"]
+    partial: Float[Array, "b h w c"]
+    """Latents after the server's share of the denoising steps: `latents` unless the device finishes them."""
+
+
+class Code(NamedTuple):
+    """What is sent of a batch of images at one SNR, the same in every realisation."""
+
+    payload: PyTree
+    """Leaves [b ...], one entry for each image."""
+    shared: PyTree
+    """What transmitter and receiver know without being told: it depends on SNR and rate only."""
+    num_symbols: Float[Array, "*b"]
+    """K, of all images or of each."""
+    mean_power: Float[Array, "*b"]
+    """P, of all images or of each."""
+    load: Float[Array, " t"]
+    """Power of the blocks in units of P that the code itself asks for, mean 1."""
+
+
+class Noisy(NamedTuple):
+    """A variance-preserving latent and its noise level, which the device goes on denoising from."""
+
+    latents: Float[Array, "n h w c"]
+    alpha_bar: Float[Array, " n"]
+
+
+@runtime_checkable
+class Link(Protocol):
+    """One scheme's way over the channel; hashable, its parameters are the first argument of the methods."""
+
+    num_blocks: int
+    result: ClassVar[str]
+
+    def code(self, params: Any, source: Source, snr_db: Float[ArrayLike, ""], energy: float | None) -> Code:
+        """Seed coding: what to send of every image at this 1 / sigma^2.
+
+        `energy` is the energy per image in units of one symbol at power 1, so that P = energy / K; None for P = 1.
+        """
+
+    def transmit(
+        self,
+        params: Any,
+        key: Key[Array, ""],
+        payload: PyTree,
+        shared: PyTree,
+        gains: Complex[Array, " t"],
+        power: Float[Array, " t"],
+        noise_var: Float[Array, ""],
+    ) -> PyTree:
+        """What the receiver makes of one image over one realisation, at powers in units of P."""
+
+    def decode(self, params: Any, received: PyTree, shared: PyTree) -> Any:
+        """Latents [n h w c], images [n H W 3] or `Noisy`, as `result` says, of n received images."""
+
+
+def mean_power(num_symbols: ArrayLike, energy: float | None) -> Float[Array, "*b"]:
+    """P = energy / K, or 1 without a given energy."""
+    count = jnp.asarray(num_symbols, jnp.float32)
+    return jnp.ones_like(count) if energy is None else energy / count
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalogLink:
+    """Values of an analog codec as they are: the latent's, the seed's or the pixels'; the parameters are the codec.
+
+    The codec is a `megjax.codec.schemes.Scheme`. `content` is what it codes, "latents" or "images".
+    """
+
+    num_symbols: int
+    num_blocks: int = 16
+    mapping: str = "ordered"
+    content: str = "latents"
+
+    def __post_init__(self):
+        require(self.mapping in MAPPINGS, "mapping", self.mapping, f"one of {MAPPINGS}")
+        require(self.content in RESULTS[:2], "content", self.content, f"one of {RESULTS[:2]}")
+        symbols_per_block(self.num_symbols, self.num_blocks)
+
+    @property
+    def result(self) -> str:
+        """As in `Link`."""
+        return self.content
+
+    def code(self, params: Any, source: Source, snr_db: Float[ArrayLike, ""], energy: float | None) -> Code:
+        """As in `Link`."""
+        power = mean_power(self.num_symbols, energy)
+        level = jnp.asarray(snr_db, jnp.float32) + linear_to_db(power)
+        spending = params.spending(level, self.num_symbols, self.num_blocks, self.mapping)
+        values = params.encode(getattr(source, self.content), level, self.num_symbols)
+        return Code(values, (spending, level), jnp.float32(self.num_symbols), power, spending.load)
+
+    def transmit(self, params, key, payload, shared, gains, power, noise_var) -> link.Received:
+        """As in `Link`."""
+        return link.send_code(key, payload, shared[0], gains, power, noise_var, self.num_symbols, self.mapping)
+
+    def decode(self, params: Any, received: link.Received, shared: PyTree) -> Float[Array, "n h w c"]:
+        """As in `Link`."""
+        decoded = params.decode(received, shared[1], self.num_symbols)
+        return jnp.clip(decoded, 0.0, 1.0) if self.content == "images" else decoded
+
+
+@dataclasses.dataclass(frozen=True)
+class QAMLink:
+    """Finished pixels, 8 bits each, uncoded on Gray QAM; without parameters."""
+
+    image_shape: tuple[int, int, int]
+    modulation: str = "16qam"
+    num_blocks: int = 16
+    result: ClassVar[str] = "images"
+
+    def __post_init__(self):
+        symbols_per_block(self.num_symbols, self.num_blocks)
+
+    @property
+    def num_symbols(self) -> int:
+        """K: 8 bits of every value; the last symbol is filled up with zeros."""
+        return -(-8 * int(np.prod(self.image_shape)) // bits_per_symbol(self.modulation))
+
+    def code(self, params: Any, source: Source, snr_db: Float[ArrayLike, ""], energy: float | None) -> Code:
+        """As in `Link`; the payload are the bits."""
+        bits = jax.vmap(lambda image: _to_bits(image, self.num_symbols * bits_per_symbol(self.modulation)))
+        power = mean_power(self.num_symbols, energy)
+        return Code(bits(source.images), (), jnp.float32(self.num_symbols), power, jnp.ones(self.num_blocks))
+
+    def transmit(self, params, key, payload, shared, gains, power, noise_var) -> Bool[Array, " n"]:
+        """As in `Link`: hard decisions on zero-forced symbols."""
+        symbols = to_blocks(modulate(payload, self.modulation), self.num_blocks)
+        received = equalize_zf(transmit(key, symbols, gains, power, noise_var), gains, power)
+        return demodulate(from_blocks(received, self.num_symbols), self.modulation)
+
+    def decode(self, params: Any, received: Bool[Array, "n s"], shared: PyTree) -> Float[Array, "n H W 3"]:
+        """As in `Link`."""
+        return jax.vmap(lambda bits: _from_bits(bits, self.image_shape))(received)
+
+
+def _to_bits(image: Float[Array, "H W 3"], length: int) -> Bool[Array, " s"]:
+    """Most significant bits of all values first within each value, filled up with zeros."""
+    levels = jnp.round(255 * image).astype(jnp.int32).reshape(-1)
+    bits = (levels[:, None] >> jnp.arange(7, -1, -1)[None]) & 1
+    return jnp.pad(bits.reshape(-1) == 1, (0, length - 8 * levels.size))
+
+
+def _from_bits(bits: Bool[Array, " s"], shape: tuple[int, int, int]) -> Float[Array, "H W 3"]:
+    levels = bits[: 8 * int(np.prod(shape))].reshape(-1, 8) @ (2.0 ** jnp.arange(7, -1, -1))
+    return (levels / 255).reshape(shape)
+
+
+def to_blocks(symbols: Complex[Array, " k"], num_blocks: int) -> Complex[Array, "t k"]:
+    """Symbols dealt out to the blocks in turn, as `channel.pack` does with the values of an interleaved mapping."""
+    values = np.float32(np.sqrt(2)) * jnp.stack([symbols.real, symbols.imag], -1).reshape(-1)
+    return pack(values, num_blocks, "interleaved")
+
+
+def from_blocks(symbols: Complex[Array, "t k"], num_symbols: int) -> Complex[Array, " k"]:
+    """The inverse of `to_blocks`."""
+    values = unpack(symbols, 2 * num_symbols, "interleaved").reshape(-1, 2) / np.float32(np.sqrt(2))
+    return jax.lax.complex(values[:, 0], values[:, 1])
+
+
+class SplitConstants(NamedTuple):
+    """Mean [c] of the clean latents by channel and their mean variance about it: the parameters of a `SplitLink`."""
+
+    mean: Float[Array, " c"]
+    variance: Float[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitLink:
+    """A latent whose channel noise counts as diffusion noise, which the device's own denoising steps remove.
+
+    All symbols are spread over all blocks by a fixed unitary, the DFT of the symbols with fixed random signs, which
+    also give every block the same mean power although latents are correlated. After LMMSE reception and de-spreading
+    the error is eps = mean_t 1 / (1 + gamma_t) everywhere, hence the SNR gamma = 1 / eps - 1. `level` is the noise
+    level alpha-bar that the server stopped at, 1 when it finished. The device starts `device_steps` steps at
+
+      alpha-bar' = alpha-bar / (1 + v / gamma), v = alpha-bar c^2 + 1 - alpha-bar,
+
+    c^2 the variance of clean latents, from the received latent scaled to that level: for c = 1 alpha-bar' =
+    alpha-bar gamma / (1 + gamma), and the input is sqrt((1 + gamma) / gamma) times the LMMSE estimate.
+    """
+
+    latent_shape: tuple[int, int, int]
+    device_steps: int = 5
+    level: float = 1.0
+    num_blocks: int = 16
+    result: ClassVar[str] = "noisy"
+
+    def __post_init__(self):
+        valid = isinstance(self.device_steps, int) and self.device_steps >= 1
+        require(valid, "device_steps", self.device_steps, "an integer of at least 1")
+        require(0 < self.level <= 1, "level", self.level, "in (0, 1]")
+        symbols_per_block(self.num_symbols, self.num_blocks)
+
+    @property
+    def num_symbols(self) -> int:
+        """K = hwc / 2, rounded up."""
+        return -(-int(np.prod(self.latent_shape)) // 2)
+
+    def _moments(self, params: SplitConstants) -> tuple[Float[Array, " c"], Float[Array, ""]]:
+        """Mean by channel and mean variance of what is sent."""
+        return np.sqrt(self.level) * params.mean, self.level * params.variance + 1 - self.level
+
+    def code(self, params: SplitConstants, source: Source, snr_db: Float[ArrayLike, ""], energy: float | None) -> Code:
+        """As in `Link`; the payload are the spread symbols."""
+        mean, variance = self._moments(params)
+        values = (source.partial - mean[None, None, None]) / jnp.sqrt(variance)
+        spread = jax.vmap(lambda v: self._spread(v.reshape(-1)))(values)
+        power = mean_power(self.num_symbols, energy)
+        return Code(spread, (), jnp.float32(self.num_symbols), power, jnp.ones(self.num_blocks))
+
+    def transmit(self, params, key, payload, shared, gains, power, noise_var) -> Noisy:
+        """As in `Link`."""
+        received = transmit(key, to_blocks(payload, self.num_blocks), gains, power, noise_var)
+        estimate = from_blocks(equalize_lmmse(received, gains, power, noise_var), self.num_symbols)
+        error = jnp.mean(1 / (1 + post_equalisation_snr(gains, power, noise_var)))
+        snr = jnp.maximum(1 / error - 1, 1e-6)
+        mean, variance = self._moments(params)
+        unbiased = (1 + snr) / snr * self._despread(estimate).reshape(self.latent_shape)
+        noisy = mean[None, None] + jnp.sqrt(variance) * unbiased
+        alpha_bar = self.level / (1 + variance / snr)
+        return Noisy(jnp.sqrt(alpha_bar / self.level) * noisy, alpha_bar)
+
+    def decode(self, params: SplitConstants, received: Noisy, shared: PyTree) -> Noisy:
+        """As in `Link`: nothing is left to decode before the device denoises."""
+        return received
+
+    def _signs(self) -> np.ndarray:
+        return np.where(np.random.default_rng(0).random(self.num_symbols) < 0.5, -1, 1).astype(np.float32)
+
+    def _spread(self, values: Float[Array, " n"]) -> Complex[Array, " k"]:
+        pairs = jnp.pad(values, (0, values.shape[0] % 2)).reshape(-1, 2) / np.float32(np.sqrt(2))
+        symbols = jax.lax.complex(pairs[:, 0], pairs[:, 1])
+        return jnp.fft.fft(self._signs() * symbols, norm="ortho").astype(jnp.complex64)
+
+    def _despread(self, symbols: Complex[Array, " k"]) -> Float[Array, " n"]:
+        plain = self._signs() * jnp.fft.ifft(symbols, norm="ortho")
+        values = np.float32(np.sqrt(2)) * jnp.stack([plain.real, plain.imag], -1).reshape(-1)
+        return values[: int(np.prod(self.latent_shape))]
