@@ -1,25 +1,22 @@
 """What a compiled program costs: XLA's operation and byte counts, memory, collectives, and the roofline of a chip.
 
-All numbers are per device. XLA counts the body of a loop once, whatever its trip count, so programs with loops are
-composed by hand: the cost of the body is measured alone, multiplied by the trip count and added,
-`prologue + num_steps * body`.
+All numbers are per device. XLA counts the body of a loop once, whatever its trip count. Either the body is measured
+alone and costs are composed, `prologue + num_steps * body`, or `cost_of_compiled(..., repeat_loops=True)` adds the
+other passes from the text of the program.
 """
 
 import dataclasses
 import functools
-import math
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 from jaxtyping import PyTree
 
+from megjax import hlo
 from megjax.configs import require
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _GIB = 2**30
-_ITEM_BITS = {"pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +94,10 @@ class Cost:
     """Operations, bytes moved to and from memory, collectives and memory of a program on one device.
 
     Costs of programs that run one after the other add, and `cost * n` is the cost of n runs; memory then is the largest
-    of any of them, not the sum. `transcendentals` are counted apart from `flops`.
+    of any of them, not the sum.
     """
 
     flops: float = 0.0
-    transcendentals: float = 0.0
     bytes_accessed: float = 0.0
     collectives: tuple[Collective, ...] = ()
     memory: Memory = Memory()
@@ -111,7 +107,6 @@ class Cost:
             return NotImplemented
         return Cost(
             self.flops + other.flops,
-            self.transcendentals + other.transcendentals,
             self.bytes_accessed + other.bytes_accessed,
             _merge((*self.collectives, *other.collectives)),
             max(self.memory, other.memory, key=lambda memory: memory.total),
@@ -124,7 +119,6 @@ class Cost:
         return dataclasses.replace(
             self,
             flops=self.flops * times,
-            transcendentals=self.transcendentals * times,
             bytes_accessed=self.bytes_accessed * times,
             collectives=tuple(
                 Collective(c.kind, c.count * times, c.bytes * times, c.sent * times) for c in self.collectives if times
@@ -140,12 +134,12 @@ class Cost:
 
 
 def _merge(collectives: Iterable[Collective]) -> tuple[Collective, ...]:
-    """One entry per kind, in the order of `COLLECTIVES`."""
+    """One entry per kind, in the order of `hlo.COLLECTIVES`."""
     found: dict[str, Collective] = {}
     for c in collectives:
         old = found.get(c.kind, Collective(c.kind, 0, 0, 0))
         found[c.kind] = Collective(c.kind, old.count + c.count, old.bytes + c.bytes, old.sent + c.sent)
-    return tuple(found[kind] for kind in COLLECTIVES if kind in found)
+    return tuple(found[kind] for kind in hlo.COLLECTIVES if kind in found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,8 +197,12 @@ def cost_of(fn: Callable, *args: PyTree, **static: Any) -> Cost:
     return cost_of_compiled(jitted.lower(*args).compile())
 
 
-def cost_of_compiled(compiled: jax.stages.Compiled) -> Cost:
-    """Cost of a compiled program; ValueError if its backend offers no analysis."""
+def cost_of_compiled(compiled: jax.stages.Compiled, *, repeat_loops: bool = False) -> Cost:
+    """Cost of a compiled program; ValueError if its backend offers no analysis.
+
+    With `repeat_loops`, the passes of loops beyond the first, which XLA leaves out, are added from the text of the
+    compiled program (see `megjax.hlo`); loops of unknown trip count still count once.
+    """
     counts, stats = compiled.cost_analysis(), compiled.memory_analysis()
     counts = counts[0] if isinstance(counts, list | tuple) and counts else counts
     if not counts or stats is None:
@@ -216,68 +214,16 @@ def cost_of_compiled(compiled: jax.stages.Compiled) -> Cost:
         stats.temp_size_in_bytes,
         stats.generated_code_size_in_bytes,
     )
+    module = hlo.Module(compiled.as_text())
+    once, work = module.work(repeat=False), module.work(repeat=repeat_loops)
     return Cost(
-        float(counts.get("flops", 0.0)),
-        float(counts.get("transcendentals", 0.0)),
-        float(counts.get("bytes accessed", 0.0)),
-        collectives_in(compiled.as_text()),
+        float(counts.get("flops", 0.0)) + work.flops - once.flops,
+        float(counts.get("bytes accessed", 0.0)) + work.bytes - once.bytes,
+        _merge(_collective(*collective) for collective in work.collectives),
         memory,
     )
 
 
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
-_EXPLICIT_GROUP, _IOTA_GROUP = (
-    re.compile(r"replica_groups=\{\{([0-9,]*)\}"),
-    re.compile(r"replica_groups=\[\d+,(\d+)\]"),
-)
-
-
-def collectives_in(hlo: str) -> tuple[Collective, ...]:
-    """Collectives in the text of a compiled module, by kind; one that is split in start and done counts once.
-
-    Those in the body of a loop count once. A group of unknown size counts as very large.
-    """
-    sizes, found = {}, []
-    for line in hlo.splitlines():
-        match = _INSTRUCTION.match(line)
-        if match is None:
-            continue
-        name, shape, opcode, rest = match.groups()
-        sizes[name] = _array_bytes(shape)
-        kind = opcode.removesuffix("-start")
-        if kind not in COLLECTIVES:
-            continue
-        given = sum(sum(sizes.get(operand, ())) for operand in re.findall(r"%([\w.\-]+)", rest.split(")", 1)[0]))
-        result = sum(sizes[name])
-        if opcode.endswith("-start") and kind != "all-reduce":  # the result is (inputs, outputs, contexts)
-            result = max(result - given, 0)
-        found.append(_collective(kind, max(given, result), _group_size(line)))
-    return _merge(found)
-
-
-def _collective(kind: str, size: float, devices: int | float) -> Collective:
+def _collective(kind: str, size: float, devices: float, count: int) -> Collective:
     share = 1.0 if kind == "collective-permute" else (1 - 1 / devices) * (2 if kind == "all-reduce" else 1)
-    return Collective(kind, 1, size, size * share)
-
-
-def _array_bytes(shape: str) -> list[float]:
-    """Bytes of every array in the text of a shape, such as `(bf16[8,128]{1,0:T(8,128)(2,1)}, s32[])`."""
-    return [
-        math.prod(int(n) for n in dims.split(",") if n) * _item_bits(kind) / 8 for kind, dims in _ARRAY.findall(shape)
-    ]
-
-
-def _item_bits(kind: str) -> int:
-    """Bits of one element: the number in its name, as in f32, s4 and f8e4m3fn."""
-    digits = re.match(r"[a-z]+(\d+)", kind)
-    return _ITEM_BITS.get(kind, int(digits[1]) if digits else 0)
-
-
-def _group_size(line: str) -> int | float:
-    """Devices that take part in one group of a collective."""
-    if match := _EXPLICIT_GROUP.search(line):
-        return len(match[1].split(","))
-    if match := _IOTA_GROUP.search(line):
-        return int(match[1])
-    return math.inf
+    return Collective(kind, count, size * count, size * share * count)
