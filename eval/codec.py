@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from eval import codec_plots
 from eval.codec_points import Point, shows_images, table_rows
-from eval.generate import prepare_output
 from megjax.channel import RayleighFading, symbols_per_block
 from megjax.channel.loading import mean_lmmse_error_awgn
 from megjax.channel.numerics import squared_magnitude
@@ -42,7 +41,7 @@ from megjax.configs import read_json, require, require_positive_integers, write_
 from megjax.data.latents import generate, model_digest, scene_captions
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.metrics import psnr
-from megjax.runtime import check_seed, command
+from megjax.runtime import check_seed, command, prepare_output
 from megjax.units import check_snr_db, db_to_linear, linear_to_db
 
 MEAN_ERRORS = {"rayleigh": mean_lmmse_error_rayleigh, "awgn": mean_lmmse_error_awgn}

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import tyro
-from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
@@ -26,9 +25,8 @@ from megjax.diffusion.layout import locate
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.metrics import SceneNet, psnr, ssim
 from megjax.metrics.scenenet import caption_accuracy, predict
-from megjax.power import Policy, make_policy
-from megjax.runtime import check_seed, command
-from megjax.system import NUM_BLOCKS, SCHEMES, SourceStatistics, num_symbols, send_image, send_latent, send_seed
+from megjax.runtime import check_seed, command, prepare_output
+from megjax.system import NUM_BLOCKS, SCHEMES, SourceStatistics, make_simulator, num_symbols
 from megjax.units import check_snr_db
 
 
@@ -50,6 +48,10 @@ class Arguments:
     """Classifier-free guidance scale; 1 turns it off."""
     codec: str | None = None
     """Codec of the seed: "scenes" (bundled) or a folder that train.codec wrote; default: the model's, if it has one."""
+    schemes: tuple[str, ...] = ("centralized", "latent", "seed")
+    """Of centralized, latent, seed and split; without a codec the seed is left out."""
+    device_steps: int = 5
+    """Denoising steps of the device (split)."""
     rate: float = 4.0
     """Compression ratio r of the seed, which has 1 / r of the latent's symbols."""
     policy: str = "codec"
@@ -59,17 +61,6 @@ class Arguments:
     """Seed of the images and of the channel."""
     output: Path = Path("outputs/demo")
     """Folder for grid.png and metrics.json."""
-
-
-def prepare_output(folder: Path) -> None:
-    """Make the folder and check that files can be written there; ValueError if not."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"output folder {str(folder)!r} cannot be written: {error.strerror}") from None
 
 
 def find_codec(args: Arguments, folder: Path, latent_shape: tuple[int, ...]) -> SeedCodec | None:
@@ -86,49 +77,28 @@ def find_codec(args: Arguments, folder: Path, latent_shape: tuple[int, ...]) -> 
 FADING = RayleighFading()
 
 
-def seed_weights(codec: SeedCodec | None, policy: Policy | None, symbols: dict, snr_db) -> np.ndarray:
-    """Importance of the seed's blocks [s t] at every SNR; ones where nothing asks for it."""
-    if codec is None or policy is None:
-        return np.ones((len(snr_db), NUM_BLOCKS), np.float32)
-    return np.stack([codec.block_weights(symbols["seed"], float(level), NUM_BLOCKS) for level in snr_db])
+def receive(sources: dict, params: dict, key, latents, ids, snr_db, guidance: float) -> tuple:
+    """The server's images and those on the device by scheme, [s b H W 3].
 
+    Image i sees the same gains under every scheme and SNR.
+    """
+    numbers, one = jnp.arange(len(latents)), jnp.arange(1)
+    levels = jnp.asarray(snr_db, jnp.float32)
+    images, received = None, {}
+    for name, simulator in sources.items():
 
-def receive(
-    pipe: StableDiffusion,
-    statistics: SourceStatistics,
-    codec: SeedCodec | None,
-    policy: Policy | None,
-    symbols: dict,
-    key,
-    latents,
-    snr_db,
-) -> dict:
-    """Images on the device by scheme, [s b H W 3]; image i sees the same gains under every scheme and SNR."""
-    weights = seed_weights(codec, policy, symbols, snr_db)
-    images = pipe.decode(latents)
-    state = None if codec is None else codec.state
+        @jax.jit
+        def over_snrs(params, key, latents, levels, simulator=simulator):
+            source = simulator.source(params, latents)
 
-    def link(state, policy, i, latent, image, snr, weights):
-        image_key = jax.random.fold_in(key, i)
-        sent = {
-            "latent": send_latent(image_key, latent, statistics, FADING, snr, policy=policy),
-            "centralized": send_image(jax.random.clone(image_key), image, statistics, FADING, snr, policy=policy),
-        }
-        if codec is not None:
-            network, count = nnx.merge(codec.graph, state), symbols["seed"]
-            power = {"policy": policy, "weights": weights}
-            sent["seed"] = send_seed(jax.random.clone(image_key), latent, network, FADING, snr, count, **power)
-        return sent
+            def at(level):
+                options = {"guidance_scale": guidance}
+                return simulator.deliver(jax.random.clone(key), params, source, ids, level, numbers, one, **options)
 
-    over_images = jax.vmap(link, (None, None, 0, 0, 0, None, None))
-    over_snrs = jax.jit(jax.vmap(over_images, (None, None, None, None, None, 0, 0)))
-    levels = jnp.asarray(snr_db, jnp.float32), jnp.asarray(weights)
-    sent = over_snrs(state, policy, jnp.arange(len(latents)), latents, images, *levels)
+            return source.images, jax.lax.map(lambda level: at(level).images[:, 0], levels)
 
-    def decode(received):
-        return pipe.decode(received.reshape(-1, *latents.shape[1:])).reshape(len(snr_db), *images.shape)
-
-    return {name: sent[name] if name == "centralized" else decode(sent[name]) for name in SCHEMES if name in sent}
+        images, received[name] = over_snrs(params[name], key, latents, levels)
+    return images, received
 
 
 def accuracies(model: SceneNet | None, prompts: tuple[str, ...], images) -> np.ndarray:
@@ -211,12 +181,16 @@ def run(args: Arguments) -> list[dict]:
     pipe = StableDiffusion.from_pretrained(folder)
     pipe.sampler(args.sampler, args.steps)
     codec = find_codec(args, folder, pipe.latent_shape())
-    policy = make_policy(args.policy, FADING, NUM_BLOCKS)
-    schemes = [scheme for scheme in SCHEMES if scheme != "seed" or codec is not None]
+    unknown = [name for name in args.schemes if name not in SCHEMES]
+    require(not unknown and len(args.schemes) > 0, "--schemes", args.schemes, f"of {tuple(SCHEMES)}")
+    schemes = [scheme for scheme in args.schemes if scheme != "seed" or codec is not None]
     symbols = {name: num_symbols(name, (*pipe.image_size, 3), pipe.latent_shape(), args.rate) for name in schemes}
     fills = min(symbols.values()) >= NUM_BLOCKS
     require(fills, "--model", args.model, f"a model whose latent fills {NUM_BLOCKS} fading blocks, not {symbols}")
     statistics = SourceStatistics.load(folder, pipe.configs.vae.latent_channels)
+    options = {"statistics": statistics, "rate": args.rate, "device_steps": args.device_steps}
+    options |= {"num_steps": args.steps, "sampler": args.sampler, "guided": args.guidance > 1}
+    made = {name: make_simulator(pipe, codec, name, FADING, args.policy, **options) for name in schemes}
     scenenet = SceneNet.load(folder / "scenenet") if (folder / "scenenet").is_dir() else None
 
     image_key, channel_key = jax.random.split(jax.random.key(args.seed))
@@ -225,9 +199,10 @@ def run(args: Arguments) -> list[dict]:
     latents = pipe.generate_latents(
         image_key, ids, num_steps=args.steps, guidance_scale=args.guidance, sampler=args.sampler
     )
-    reference = pipe.decode(latents).block_until_ready()
-    print(f"{len(args.prompts)} images generated in {time.perf_counter() - started:.1f} s, compilation included")
-    received = receive(pipe, statistics, codec, policy, symbols, channel_key, latents, snr_db)
+    latents.block_until_ready()
+    print(f"{len(args.prompts)} latents generated in {time.perf_counter() - started:.1f} s, compilation included")
+    params = {name: simulator.params for name, simulator in made.items()}
+    reference, received = receive(made, params, channel_key, latents, ids, snr_db, args.guidance)
     rows = score(scenenet, args.prompts, snr_db, reference, received, symbols)
     write_json(args.output / "metrics.json", rows)
     draw(args.output / "grid.png", args.prompts, snr_db, reference, received, symbols)

@@ -14,13 +14,12 @@ from rich.table import Table
 from tqdm import tqdm
 
 from eval import power_plots
-from eval.generate import prepare_output
 from megjax.channel import Fading, GaussMarkovFading, JakesFading, RayleighFading
 from megjax.channel.numerics import squared_magnitude
 from megjax.codec import SeedCodec
 from megjax.configs import require, require_positive_integers
 from megjax.power import POLICIES, LearnedPower, LoadedPower, make_policy, power_problem, weighted_errors
-from megjax.runtime import check_seed, command
+from megjax.runtime import check_seed, command, prepare_output
 from megjax.units import check_snr_db
 
 

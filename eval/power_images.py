@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from eval.generate import prepare_output
 from megjax.channel import RayleighFading
 from megjax.channel.numerics import squared_magnitude
 from megjax.codec import SeedCodec
@@ -24,7 +23,7 @@ from megjax.data.latents import load
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.metrics import bootstrap_interval, psnr
 from megjax.power import LearnedPower, LoadedPower, make_policy, power_problem
-from megjax.runtime import command
+from megjax.runtime import command, prepare_output
 from megjax.units import check_snr_db
 
 NAMES = ("equal", "static", "codec", "waterfilling", "dp", "clairvoyant", "ppo")

@@ -9,11 +9,10 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from eval.generate import prepare_output
 from megjax import channel
 from megjax.channel import theory
 from megjax.configs import require_positive_integers, write_json
-from megjax.runtime import check_seed, command
+from megjax.runtime import check_seed, command, prepare_output
 from megjax.units import db_to_linear, linear_to_db, noise_var_from_snr_db
 
 SNRS_DB = tuple(range(-5, 45, 5))

@@ -11,7 +11,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from eval.generate import prepare_output
 from megjax.channel import NoFading, RayleighFading
 from megjax.codec import SeedCodec
 from megjax.codec.recipe import PRESETS, specialist, train_codec
@@ -19,7 +18,7 @@ from megjax.codec.schemes import LearnedScheme, simulate
 from megjax.configs import require, require_positive_integers, write_json
 from megjax.data import latents
 from megjax.metrics import bootstrap_interval
-from megjax.runtime import command
+from megjax.runtime import command, prepare_output
 from megjax.units import check_snr_db
 
 FADINGS = {"awgn": NoFading(), "rayleigh": RayleighFading()}

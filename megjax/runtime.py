@@ -29,6 +29,17 @@ def check_seed(seed: int) -> None:
     require(0 <= seed < 2**32, "--seed", seed, "in [0, 2^32)")
 
 
+def prepare_output(folder: Path) -> None:
+    """Make the folder and check that files can be written there; ValueError if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"output folder {str(folder)!r} cannot be written: {error.strerror}") from None
+
+
 def command(name: str, run: Callable[[], object]) -> None:
     """Run a script's body with the compilation cache on; bad input ends it with one line and status 1."""
     enable_compilation_cache()

@@ -23,7 +23,7 @@ from megjax.channel import (
 from megjax.configs import require, require_positive_integers
 from megjax.power import POLICIES
 from megjax.runtime import check_seed
-from megjax.system import ENERGIES
+from megjax.system import MODES
 from megjax.units import check_snr_db, db_to_linear
 
 FADINGS = {
@@ -65,7 +65,7 @@ class SweepConfig:
     policies: tuple[str, ...] = ("codec",)
     """equal, static, codec (the code's own load), inversion, waterfilling, waterfilling_clairvoyant, clairvoyant, dp,
     ppo, or module:attribute of your own."""
-    energies: tuple[str, ...] = ("equal_energy", "equal_power")
+    modes: tuple[str, ...] = ("equal_energy", "equal_power")
     """equal_energy (P = K_latent / K), equal_power (P = 1)."""
     peak_powers: tuple[float, ...] = (math.inf,)
     """Largest powers of a block in units of P, where a policy allocates."""
@@ -78,7 +78,7 @@ class SweepConfig:
     models: tuple[str, ...] = ("scenes",)
     """"scenes" (bundled) or folders in the diffusers layout."""
     codec: str | None = None
-    """Codec of the seed: a folder of train.codec, or module:attribute of your own; default: the one beside the model."""
+    """Codec of the seed: a folder of train.codec, or module:attribute of your own; default: the model's."""
     prompts: str = "scenes"
     """"scenes" (held-out captions) or a text file, one prompt a line."""
     metrics: Literal["image", "latent"] = "image"
@@ -99,12 +99,12 @@ class SweepConfig:
     def __post_init__(self):
         require_positive_integers(self, "sweep", ("num_images", "realisations", "num_blocks", "steps"))
         require(self.num_images >= 2, "num_images", self.num_images, "2 or more")
-        lists = ("schemes", "snr_db", "rates", "fadings", "policies", "energies", "peak_powers", "device_steps")
+        lists = ("schemes", "snr_db", "rates", "fadings", "policies", "modes", "peak_powers", "device_steps")
         for name in (*lists, "server_steps", "seeds", "models"):
             values = getattr(self, name)
             distinct = 0 < len(values) == len(set(values))
             require(distinct, name, values, "one value or more, all different")
-        for name, allowed in (("schemes", tuple(NAMES)), ("energies", ENERGIES)):
+        for name, allowed in (("schemes", tuple(NAMES)), ("modes", MODES)):
             unknown = [value for value in getattr(self, name) if value not in allowed]
             require(not unknown, name, unknown[0] if unknown else None, f"among {allowed}")
         check_snr_db(self.snr_db)
@@ -128,7 +128,7 @@ class SweepConfig:
 
     def points(self) -> list["Point"]:
         """All points in the order of the lists, as asked for; several may be the same physics."""
-        axes = (self.models, self.seeds, self.schemes, self.fadings, self.energies, self.rates, self.policies)
+        axes = (self.models, self.seeds, self.schemes, self.fadings, self.modes, self.rates, self.policies)
         rest = (self.peak_powers, self.device_steps, self.server_steps, self.snr_db)
         made = (Point(*values).relevant() for values in itertools.product(*axes, *rest))
         return list(dict.fromkeys(made))
@@ -142,7 +142,7 @@ class Point:
     seed: int
     scheme: str
     fading: str
-    energy: str
+    mode: str
     rate: float
     policy: str
     peak_power: float
@@ -173,7 +173,7 @@ class Point:
     def physics(self) -> "Point":
         """The point that is measured: where K = K_latent, equal energy and equal power are the same."""
         same = self.kind[0] in ("latent", "split") or (self.kind[0] in ("seed", "opta") and self.rate == 1.0)
-        return dataclasses.replace(self, energy="equal_power") if same else self
+        return dataclasses.replace(self, mode="equal_power") if same else self
 
 
 def digest(values: Any) -> str:
@@ -220,7 +220,8 @@ def find_fading(name: str) -> Any:
 
 def find_policy(name: str) -> Any:
     """A name of `megjax.power.POLICIES` as it is, or the policy at an import path."""
-    return name if name in POLICIES else load_object(name, f"policies (one of {POLICIES}, or module:attribute)", "allocate")
+    setting = f"policies (of {', '.join(POLICIES)}, or module:attribute)"
+    return name if name in POLICIES else load_object(name, setting, "allocate")
 
 
 def object_digest(value: Any) -> str:
@@ -233,5 +234,3 @@ def object_digest(value: Any) -> str:
     for leaf in jax.tree.leaves(value):
         found.update(np.asarray(leaf).tobytes() if isinstance(leaf, np.ndarray | jax.Array) else repr(leaf).encode())
     return found.hexdigest()
-
-

@@ -37,7 +37,7 @@ class Store:
             require(found.get("format") == FORMAT, f"{path}: format", found.get("format"), repr(FORMAT))
             other = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
             if other:
-                changes = "; ".join(f"{name} {found.get(name)!r} there, {wanted.get(name)!r} asked for" for name in other)
+                changes = "; ".join(f"{name} {found.get(name)!r} there, {wanted.get(name)!r} here" for name in other)
                 raise ValueError(f"{self.folder} holds points of another sweep ({changes}); choose another folder")
         elif any((self.folder / POINTS).glob("*.parquet")):
             raise ValueError(f"{self.folder} holds points but no {SETTINGS}; choose another folder")

@@ -1,7 +1,7 @@
 """Mobile edge generation end to end: schemes, the protocol as one pure function, its constants and its costs."""
 
 from megjax.system.build import (
-    ENERGIES,
+    MODES,
     NUM_BLOCKS,
     SCHEMES,
     codec_statistics,
@@ -23,7 +23,7 @@ __all__ = [
     "Code",
     "CodedImageLink",
     "Delivery",
-    "ENERGIES",
+    "MODES",
     "ImageCodecTable",
     "Link",
     "NUM_BLOCKS",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float, Key
+from jaxtyping import Array, Key
 
 from megjax.channel import Fading, RayleighFading
 from megjax.codec import SeedCodec, link
@@ -24,7 +24,7 @@ from megjax.system.image_codec import CodedImageLink, ImageCodecTable
 from megjax.system.links import AnalogLink, Link, QAMLink, SplitConstants, SplitLink
 from megjax.system.simulator import BlockWeights, Simulator, Transmission
 from megjax.system.source import SourceStatistics
-from megjax.units import check_snr_db, linear_to_db
+from megjax.units import check_snr_db
 
 NUM_BLOCKS = 16
 """Fading blocks per image, T, unless said otherwise."""
@@ -35,7 +35,7 @@ SCHEMES = {
     "split": ("latent",),
 }
 """Schemes and their variants, the default first."""
-ENERGIES = ("equal_power", "equal_energy")
+MODES = ("equal_power", "equal_energy")
 """P = 1, or P = K_latent / K, so that every scheme radiates the energy of the raw latent at P = 1."""
 WEIGHT_GRID_DB = tuple(np.arange(-15.0, 36.0, 5.0).tolist())
 
@@ -102,7 +102,7 @@ def make_simulator(
     *,
     variant: str | None = None,
     rate: float = 4.0,
-    energy: str = "equal_power",
+    mode: str = "equal_power",
     num_blocks: int = NUM_BLOCKS,
     mapping: str | None = None,
     modulation: str = "16qam",
@@ -127,10 +127,10 @@ def make_simulator(
       fading: a law of the gains (Rayleigh by default), anything with `sample(key, num_blocks)`.
       policy: of `megjax.power.POLICIES` or an object with `allocate`; "codec" is the load that the code asks for.
       rate: compression ratio r of the seed.
-      energy: of `ENERGIES`.
+      mode: of `MODES`.
       mapping: of symbols to blocks; "ordered" for the seed and "interleaved" for the rest by default.
       modulation: of the uncoded pixels.
-      image_codec: of the coded pixels, by `fit_image_codec` for this fading and energy.
+      image_codec: of the coded pixels, by `fit_image_codec` for this fading and mode.
       statistics: constants of analog pixels, and of raw latents without a `SeedCodec`.
       device_steps, server_steps: denoising steps of `split`; the server takes all of its steps unless told how many.
       weights: importance of the blocks; by default measured on the codec's validation latents where a policy asks.
@@ -144,7 +144,7 @@ def make_simulator(
     require(scheme in SCHEMES, "scheme", scheme, f"one of {tuple(SCHEMES)}")
     variant = SCHEMES[scheme][0] if variant is None else variant
     require(variant in SCHEMES[scheme], f"variant of {scheme!r}", variant, f"one of {SCHEMES[scheme]}")
-    require(energy in ENERGIES, "energy", energy, f"one of {ENERGIES}")
+    require(mode in MODES, "mode", mode, f"one of {MODES}")
     require(peak_power > 0, "peak_power", peak_power, "positive")
     fading = RayleighFading() if fading is None else fading
     learned = codec if isinstance(codec, SeedCodec) else None
@@ -169,7 +169,7 @@ def make_simulator(
         made = parts.analog(scheme, variant)
     way, parameters = made
     found = make_policy(policy, fading, num_blocks) if isinstance(policy, str) else policy
-    budget = float(num_symbols("latent", (), latent_shape)) if energy == "equal_energy" else None
+    budget = float(num_symbols("latent", (), latent_shape)) if mode == "equal_energy" else None
     if weights is None and scheme == "seed" and found is not None and not isinstance(found, EqualPower):
         weights = measured_weights(learned, way)
     negative = np.asarray(pipe.tokenize([""])) if guided else None
@@ -197,7 +197,9 @@ def make_simulator(
     )
 
 
-def measured_weights(codec: SeedCodec | None, way: AnalogLink, snr_db: Sequence[float] = WEIGHT_GRID_DB) -> BlockWeights:
+def measured_weights(
+    codec: SeedCodec | None, way: AnalogLink, snr_db: Sequence[float] = WEIGHT_GRID_DB
+) -> BlockWeights:
     """Importance of the seed's blocks at these effective SNRs; equal where the codec cannot say."""
     levels = tuple(float(level) for level in snr_db)
     if codec is None or codec.validation is None:
@@ -282,6 +284,4 @@ def simulate(
     require(bool(np.isfinite(guidance_scale)), "guidance_scale", guidance_scale, "finite")
     made = make_simulator(pipe, codec, scheme, fading, policy, guided=guidance_scale > 1, **options)
     ids = pipe.tokenize(prompts)
-    return simulators.run(
-        made, key, made.params, ids, jnp.float32(snr_db), jnp.float32(guidance_scale), realisations
-    )
+    return simulators.run(made, key, made.params, ids, jnp.float32(snr_db), jnp.float32(guidance_scale), realisations)

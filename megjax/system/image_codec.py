@@ -147,9 +147,7 @@ class CodedImageLink:
     num_blocks: int = 16
     result: ClassVar[str] = "images"
 
-    def code(
-        self, params: ImageCodecTable, source: Source, snr_db: Float[ArrayLike, ""], energy: float | None
-    ) -> Code:
+    def code(self, params: ImageCodecTable, source: Source, snr_db: Float[ArrayLike, ""], energy: float | None) -> Code:
         """As in `Link`; K and P are those of each image."""
         nearest = jnp.argmin(jnp.abs(params.snr_db - snr_db))
         rate, batch = params.rate[nearest], len(source.images)

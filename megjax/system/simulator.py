@@ -26,8 +26,9 @@ from megjax.power import Problem
 from megjax.system.links import Code, Link, Source
 from megjax.units import linear_to_db, noise_var_from_snr_db
 
+
 class BlockWeights(NamedTuple):
-    """Importance of the blocks over effective SNRs: `weights` [g t] at `snr_db` [g], linear between, constant beyond."""
+    """Importance of the blocks at effective SNRs `snr_db` [g], linear between them, constant beyond."""
 
     snr_db: Float[Array, " g"]
     weights: Float[Array, "g t"]
@@ -105,9 +106,7 @@ class Simulator:
         source = self.infer(image_key, params, ids, negative_ids, guidance_scale)
         images, draws = jnp.arange(len(source.latents)), jnp.arange(realisations)
         options = {"negative_ids": negative_ids, "guidance_scale": guidance_scale}
-        return Transmission(
-            source, self.deliver(link_key, params, source, ids, snr_db, images, draws, **options)
-        )
+        return Transmission(source, self.deliver(link_key, params, source, ids, snr_db, images, draws, **options))
 
     def infer(
         self,
@@ -117,7 +116,7 @@ class Simulator:
         negative_ids: Int[ArrayLike, "b l"] | None = None,
         guidance_scale: Float[ArrayLike, ""] = 3.0,
     ) -> Source:
-        """Prompt uplink and inference at the ES: latents, finished images, and latents of the server's share of steps."""
+        """Prompt uplink and inference at the ES: latents, finished images, latents of the server's share of steps."""
         ids = jnp.asarray(ids)
         options = {
             "shape": self.latent_shape,
@@ -132,7 +131,10 @@ class Simulator:
         return self.source(params, latents, partial)
 
     def source(
-        self, params: dict[str, PyTree], latents: Float[Array, "b h w c"], partial: Float[Array, "b h w c"] | None = None
+        self,
+        params: dict[str, PyTree],
+        latents: Float[Array, "b h w c"],
+        partial: Float[Array, "b h w c"] | None = None,
     ) -> Source:
         """What the server has, from latents that were generated before."""
         images = generation.decode(self.graphs, params, latents, self.decode_batch)

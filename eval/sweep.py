@@ -1,0 +1,120 @@
+"""Sweep schemes, SNRs, rates, fading, policies and seeds over the link; once killed, it goes on where it was."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pandas as pd
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from eval.measure import environment
+from megjax.configs import require
+from megjax.runtime import command, prepare_output
+from megjax.sweep import SweepConfig, run_sweep
+
+SNRS = (-10.0, -5.0, 0.0, 10.0, 20.0)
+PRESETS = {
+    "images": SweepConfig(
+        schemes=("seed", "latent", "latent-wiener", "centralized", "centralized-coded", "centralized-qam"),
+        snr_db=SNRS,
+    ),
+    "latents": SweepConfig(
+        schemes=("seed", "seed-klt", "latent", "opta"),
+        snr_db=SNRS,
+        rates=(1.0, 2.0, 4.0, 8.0),
+        modes=("equal_energy",),
+        metrics="latent",
+        realisations=100,
+    ),
+    "policies": SweepConfig(
+        schemes=("seed",),
+        snr_db=(0.0, 10.0),
+        policies=("equal", "static", "codec", "dp", "ppo"),
+        modes=("equal_power",),
+        realisations=1,
+    ),
+    "split": SweepConfig(
+        schemes=("split", "latent", "latent-wiener", "seed"),
+        snr_db=(-5.0, 0.0, 5.0),
+        modes=("equal_energy",),
+        realisations=1,
+    ),
+}
+"""The sweeps behind docs/results.md."""
+QUICK = {
+    "images": {"num_images": 100, "realisations": 2, "snr_db": (-10.0, 0.0, 10.0)},
+    "latents": {"num_images": 200, "realisations": 10, "snr_db": (-10.0, 0.0, 10.0)},
+    "policies": {"num_images": 100},
+    "split": {"num_images": 100, "snr_db": (-5.0, 5.0), "device_steps": (1, 5)},
+}
+"""What is smaller in the same sweeps when time is short."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to sweep and where the results go."""
+
+    config: Annotated[SweepConfig, tyro.conf.arg(name="")] = SweepConfig()
+    """The lists of the sweep; all options of it are options of the command."""
+    preset: Literal["none", "images", "latents", "policies", "split", "all"] = "none"
+    """Instead of the lists: a sweep of docs/results.md, or all of them, each in its own folder under --output."""
+    quick: bool = False
+    """The presets at a size that takes minutes."""
+    batch: int = 40
+    """Images at a time, over all devices; the numbers do not depend on it beyond rounding."""
+    latents: Path = Path("runs/latents")
+    """Folder of generated latents, one cache for each model and seed."""
+    output: Path = Path("outputs/sweep")
+    """Results folder: results.parquet, sweep.json and one file for each point."""
+
+
+def selected(args: Arguments) -> dict[Path, SweepConfig]:
+    """The sweeps that are asked for, by results folder."""
+    require(args.batch >= 1, "--batch", args.batch, "at least 1")
+    if args.preset == "none":
+        require(not args.quick, "--quick", True, "used with --preset")
+        return {args.output: args.config}
+    untouched = args.config == SweepConfig()
+    require(untouched, "--preset", args.preset, "used without options of a sweep")
+    names = tuple(PRESETS) if args.preset == "all" else (args.preset,)
+    changes = QUICK if args.quick else {}
+    return {args.output / name: dataclasses.replace(PRESETS[name], **changes.get(name, {})) for name in names}
+
+
+def show(frame: pd.DataFrame, folder: Path) -> None:
+    """Print one line a point."""
+    given = [("psnr_db", "PSNR (dB)"), ("frechet", "Frechet"), ("caption_accuracy", "captions"), ("nmse", "NMSE")]
+    present = [(name, title) for name, title in given if name in frame and frame[name].notna().any()]
+    lists = [name for name in ("fading", "rate", "policy", "device_steps", "server_steps") if frame[name].nunique() > 1]
+    table = Table("scheme", "mode", "SNR (dB)", *lists, "symbols", *(title for _, title in present), title=str(folder))
+    for row in frame.to_dict("records"):
+        cells = [row["scheme"], row["mode"], f"{row['snr_db']:g}", *(str(row[name]) for name in lists)]
+        values = (f"{row[name]:.3f}" if pd.notna(row[name]) else "-" for name, _ in present)
+        table.add_row(*cells, f"{row['num_symbols']:,.0f}", *values)
+    Console().print(table)
+
+
+def run(args: Arguments) -> list[pd.DataFrame]:
+    """Run the sweeps; returns their tables. ValueError on bad arguments, before any work."""
+    sweeps, about = selected(args), environment()
+    notes = {"device": about["device"], "commit": about["commit"], "jax": about["versions"]["jax"]}
+    notes |= {"megjax": about["versions"]["megjax"], "python": about["python"]}
+    for folder in itertools.chain([args.output], sweeps):
+        prepare_output(folder)
+    frames = []
+    for folder, config in sweeps.items():
+        frames.append(run_sweep(config, folder, latents=args.latents, batch=args.batch, about=notes))
+        show(frames[-1], folder)
+        print(f"{len(frames[-1])} points: {folder / 'results.parquet'}")
+    return frames
+
+
+def main() -> None:
+    command("eval.sweep", lambda: run(tyro.cli(Arguments, description=__doc__)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+"""Measuring the points of a sweep: latents are generated once a model and seed, and reused by every point."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from megjax.channel import symbols_per_block
+from megjax.channel.numerics import squared_magnitude
+from megjax.codec import SeedCodec
+from megjax.codec.opta import opta_nmse
+from megjax.codec.schemes import draw_gains, realisation_keys
+from megjax.configs import require
+from megjax.data import scenes
+from megjax.data.latents import generate, model_digest, over_devices, scene_captions
+from megjax.diffusion import generation
+from megjax.diffusion.layout import locate
+from megjax.diffusion.pipeline import StableDiffusion
+from megjax.metrics import SceneNet, bootstrap_interval, frechet_interval, kernel_distance, psnr, ssim
+from megjax.metrics.scenenet import caption_accuracy, labels_from_logits
+from megjax.sweep.config import LATENT_METRICS, Point, SweepConfig, find_fading, find_policy, load_object, object_digest
+from megjax.system import (
+    Delivery,
+    Simulator,
+    Source,
+    SourceStatistics,
+    codec_statistics,
+    fit_image_codec,
+    make_simulator,
+    measured_weights,
+    num_symbols,
+)
+from megjax.units import db_to_linear, linear_to_db
+
+IMAGE_CODEC_SCENES = 400
+"""Training pictures that the coded image's quality and rate are chosen on."""
+TABLE_KEY, RENDER_KEY = 2**32 - 1, 2**32 - 2
+"""Streams of a seed beside those of its images."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """What is asked for, and what is known of how the pictures should look."""
+
+    texts: list[str]
+    labels: np.ndarray | None = None
+    stated: np.ndarray | None = None
+    """Attributes [n a] of scenes, and which of them the caption states."""
+
+
+def read_prompts(config: SweepConfig, seed: int) -> Prompts:
+    """Held-out captions of scenes, or the first lines of a text file; ValueError if it has too few."""
+    if config.prompts == "scenes":
+        texts = scene_captions(-(-config.num_images // 100) * 100, seed + 1, "held_out")
+        parsed = [scenes.parse_caption(text).labels() for text in texts[: config.num_images]]
+        labels, stated = (np.stack(parts) for parts in zip(*parsed, strict=True))
+        return Prompts(texts, labels, stated)
+    try:
+        lines = [line.strip() for line in Path(config.prompts).read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise ValueError(f"prompts is {config.prompts!r}, which cannot be read: {error.strerror}") from None
+    count = len(lines)
+    require(count >= config.num_images, "num_images", config.num_images, f"at most {count}, the prompts of the file")
+    return Prompts(lines[: config.num_images])
+
+
+@dataclasses.dataclass(eq=False)
+class Bench:
+    """One model and one seed, with everything that its points are measured with."""
+
+    config: SweepConfig
+    pipe: StableDiffusion
+    codec: Any
+    statistics: SourceStatistics
+    scenenet: SceneNet | None
+    seed: int
+    prompts: Prompts
+    latents: np.ndarray
+    batch: int
+    """Receptions at a time."""
+
+    @property
+    def key(self):
+        """Of the link: it depends on the seed only."""
+        return jax.random.key(self.seed)
+
+    @functools.cached_property
+    def ids(self) -> np.ndarray:
+        return self.pipe.tokenize(self.prompts.texts[: self.config.num_images])
+
+    @functools.cached_property
+    def images(self) -> np.ndarray:
+        """The server's images."""
+        parts = range(0, len(self.latents), self.batch)
+        return np.concatenate([np.asarray(self.pipe.decode(self.latents[i : i + self.batch])) for i in parts])
+
+    @functools.cached_property
+    def total_variance(self) -> float:
+        """tr Cov(z), the denominator of NMSE: over the codec's training latents, else over these."""
+        if isinstance(self.codec, SeedCodec) and self.codec.config.transform == "klt":
+            scale = nnx.merge(self.codec.graph, self.codec.state).scale[...]
+            return self.codec.config.num_tiles * float(np.square(scale).sum())
+        return float(self.latents.reshape(len(self.latents), -1).var(0).sum())
+
+    @functools.cached_property
+    def look(self):
+        """SceneNet as a pure function and its parameters, None where there is none."""
+        return None if self.scenenet is None else nnx.split(self.scenenet)
+
+    @functools.cached_property
+    def reference_features(self) -> np.ndarray:
+        """SceneNet features of renders of the captions; of the server's images for other prompts."""
+        images = self.images if self.prompts.labels is None else self._renders("held_out", self.config.num_images)
+        parts = range(0, len(images), self.batch)
+        features = jax.jit(lambda state, x: nnx.merge(self.look[0], state).features(x))
+        return np.concatenate([np.asarray(features(self.look[1], images[i : i + self.batch])) for i in parts])
+
+    def _renders(self, split: str, num: int) -> np.ndarray:
+        """Pictures of the scenes that the captions of a split describe, [n H W 3]."""
+        size = self.pipe.image_size[0]
+        key = jax.random.key(self.seed + 1 if split == "held_out" else 0)
+        render_key = jax.random.fold_in(jax.random.key(self.seed), RENDER_KEY)
+
+        @jax.jit
+        def draw(numbers):
+            keys = jax.vmap(lambda i: (jax.random.fold_in(key, i), jax.random.fold_in(render_key, i)))(numbers)
+            return jax.vmap(lambda a, b: scenes.render(b, scenes.sample_scene(a, split), size))(*keys)
+
+        parts = [np.arange(i, min(i + 100, num)) for i in range(0, num, 100)]
+        return np.concatenate([np.asarray(draw(part)) for part in parts])
+
+    @functools.cache  # noqa: B019 (as long-lived as the sweep)
+    def image_codec(self, fading: str, mode: str):
+        """The coded image's choices at every SNR, on training pictures."""
+        training = self._renders("train", IMAGE_CODEC_SCENES)
+        shape = self.pipe.latent_shape()
+        budget = float(num_symbols("latent", (), shape)) if mode == "equal_energy" else None
+        key = jax.random.fold_in(jax.random.key(self.seed), TABLE_KEY)
+        return fit_image_codec(key, training, find_fading(fading), self.config.snr_db, budget, self.config.num_blocks)
+
+    @functools.cache  # noqa: B019
+    def simulator(self, point: Point) -> Simulator:
+        """The simulator of a point; those of points that differ in numbers only share a compiled program."""
+        scheme, variant = point.kind
+        options: dict[str, Any] = {"num_steps": self.config.steps, "guided": self.config.guidance > 1}
+        if scheme == "split":
+            options |= {"device_steps": point.device_steps, "server_steps": point.server_steps or None}
+        if variant == "coded":
+            options |= {"image_codec": self.image_codec(point.fading, point.mode)}
+        return make_simulator(
+            self.pipe,
+            self.codec,
+            scheme,
+            find_fading(point.fading),
+            find_policy(point.policy),
+            variant=variant,
+            rate=point.rate,
+            mode=point.mode,
+            num_blocks=self.config.num_blocks,
+            modulation=self.config.modulation,
+            statistics=self.statistics,
+            weights=self._weights(point),
+            peak_power=point.peak_power,
+            decode_batch=None,
+            **options,
+        )
+
+    def _weights(self, point: Point):
+        """Of a seed's blocks at the point's own effective SNR, where a policy asks."""
+        unasked = point.kind[0] != "seed" or point.policy in ("codec", "equal")
+        if unasked or not isinstance(self.codec, SeedCodec):
+            return None
+        plain = dataclasses.replace(point, policy="codec")
+        way = self.simulator(plain).link
+        shape = self.pipe.latent_shape()
+        power = num_symbols("latent", (), shape) / way.num_symbols if point.mode == "equal_energy" else 1.0
+        return measured_weights(self.codec, way, [point.snr_db + float(linear_to_db(power))])
+
+    def measure(self, point: Point, progress: Callable[[int], Any]) -> dict[str, np.ndarray]:
+        """What every reception [n r] of the point gives, by name, and features [n r f]; K and energy among them."""
+        if point.scheme == "opta":
+            return self._opta(point, progress)
+        simulator, found = self.simulator(point), {}
+        draws = min(self.config.realisations, self.batch)
+        size = max(1, self.batch // draws)
+        partial = self.partial_latents(point.server_steps) if point.server_steps else None
+        for start in range(0, self.config.num_images, size):
+            part = slice(start, min(start + size, self.config.num_images))
+            rows: dict[str, list] = {}
+            for first in range(0, self.config.realisations, draws):
+                numbers = np.arange(first, min(first + draws, self.config.realisations), dtype=np.uint32)
+                for name, value in self._receive(simulator, point, part, numbers, partial).items():
+                    rows.setdefault(name, []).append(value)
+            for name, values in jax.device_get(rows).items():
+                found.setdefault(name, []).append(np.concatenate(values, axis=1))
+            progress((part.stop - part.start) * self.config.realisations)
+        return {name: np.concatenate(parts) for name, parts in found.items()}
+
+    def _receive(self, simulator: Simulator, point: Point, part: slice, numbers: np.ndarray, partial) -> dict:
+        spread = over_devices(part.stop - part.start)
+        shown = self.config.metrics != LATENT_METRICS
+        truth = None if self.prompts.labels is None else (self.prompts.labels[part], self.prompts.stated[part])
+        latents = self.latents[part]
+        source = Source(latents, self.images[part] if shown else None, latents if partial is None else partial[part])
+        images = np.arange(part.start, part.stop, dtype=np.uint32)
+        given = spread((source, self.ids[part], images, truth))
+        look = self.look if shown else None
+        graph, state = look if look is not None else (None, None)
+        return _receive(
+            *(simulator, graph, shown, state, self.key, simulator.params),
+            *(point.snr_db, self.config.guidance, numbers, *given),
+        )
+
+    @functools.cache  # noqa: B019
+    def partial_latents(self, steps: int) -> np.ndarray:
+        """Variance-preserving latents after so many of the server's steps."""
+        return generate_partial(self.pipe, self.prompts.texts, self.seed + 1, self.config, steps)
+
+    def _opta(self, point: Point, progress) -> dict[str, np.ndarray]:
+        """The Gaussian limit's error for the gains that the schemes see, every block at equal power."""
+        require(isinstance(self.codec, SeedCodec), "codec", self.config.codec, "a SeedCodec, for opta")
+        shape, blocks = self.pipe.latent_shape(), self.config.num_blocks
+        count = num_symbols("seed", (), shape, point.rate)
+        power = num_symbols("latent", (), shape) / count if point.mode == "equal_energy" else 1.0
+        statistics, fading = codec_statistics(self.codec), find_fading(point.fading)
+        counts = symbols_per_block(count, blocks)
+
+        @jax.jit
+        def limit(key, numbers, draw):
+            gains = draw_gains(realisation_keys(key, numbers, draw), fading, blocks)
+            snr = power * db_to_linear(point.snr_db) * squared_magnitude(gains)
+            return jax.vmap(lambda row: opta_nmse(statistics.variances, row, counts))(snr)
+
+        numbers = np.arange(self.config.num_images, dtype=np.uint32)
+        columns = []
+        for draw in range(self.config.realisations):
+            columns.append(np.asarray(limit(self.key, numbers, draw)))
+            progress(len(numbers))
+        nmse = np.stack(columns, axis=1)
+        return {"nmse": nmse, "num_symbols": np.full_like(nmse, count), "energy": np.full_like(nmse, power * count)}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _receive(
+    simulator: Simulator, graph, shown: bool, state, key, params, snr_db, guidance, numbers, source, ids, images, truth
+) -> dict[str, Array]:
+    delivery = simulator.deliver(
+        key, params, source, ids, snr_db, images, numbers, guidance_scale=guidance, generate=shown
+    )
+    size = delivery.gains.shape[:2]
+    found: dict[str, Array] = {
+        "num_symbols": jnp.broadcast_to(delivery.num_symbols[:, None], size),
+        "energy": delivery.energy,
+    }
+    if delivery.latents is not None:
+        found["squared_error"] = jnp.square(delivery.latents - source.latents[:, None]).sum((2, 3, 4))
+    if shown:
+        found |= _compare(delivery, source)
+    if graph is not None:
+        flat = delivery.images.reshape(-1, *delivery.images.shape[2:])
+        features, logits = nnx.merge(graph, state)(flat)
+        found["features"] = features.reshape(*size, -1)
+        if truth is not None:
+            labels, stated = (jnp.repeat(x, size[1], axis=0) for x in truth)
+            share, _, _ = caption_accuracy(labels_from_logits(logits), labels, stated)
+            found["caption_accuracy"] = share.reshape(size)
+    return found
+
+
+def _compare(delivery: Delivery, source: Source) -> dict[str, Float[Array, "b r"]]:
+    over = jax.vmap(jax.vmap(lambda a, b: (psnr(a, b), ssim(a, b)), (None, 0)))
+    quality, likeness = over(source.images, delivery.images)
+    return {"psnr_db": quality, "ssim": likeness}
+
+
+def generate_partial(pipe: StableDiffusion, texts: list[str], seed: int, config: SweepConfig, steps: int) -> np.ndarray:
+    """Latents [n h w c] after `steps` of the server's steps, with the draws of `megjax.data.latents.generate`."""
+    shard, table = 100, pipe.sampler(None, config.steps)
+    denoise = jax.jit(
+        functools.partial(generation.generate_latents, pipe.graphs, shape=pipe.latent_shape(), stop=steps)
+    )
+    guided, parts = config.guidance > 1, []
+    for index in range(-(-config.num_images // shard)):
+        mine = texts[index * shard : (index + 1) * shard]
+        mine = [*mine, *[mine[-1]] * (shard - len(mine))]
+        negative = np.repeat(pipe.tokenize([""]), shard, axis=0) if guided else None
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        options = {"negative_ids": negative, "guidance_scale": jnp.float32(config.guidance)}
+        parts.append(np.asarray(denoise(pipe.params, table, key, pipe.tokenize(mine), **options)))
+    return np.concatenate(parts)[: config.num_images]
+
+
+def summarise(found: dict[str, np.ndarray], bench: Bench) -> dict[str, Any]:
+    """Means, 95 % intervals bootstrapped over images, distances, and the mean of every image."""
+    row: dict[str, Any] = {"n": found["energy"].size, "images": len(found["energy"])}
+    if "squared_error" in found:
+        found = {**found, "nmse": found["squared_error"] / bench.total_variance}
+    weights = None if bench.prompts.stated is None else bench.prompts.stated.sum(1).astype(float)
+    for name in ("psnr_db", "ssim", "nmse", "caption_accuracy", "num_symbols", "energy"):
+        if name not in found:
+            continue
+        values = found[name].astype(np.float64)
+        mine = weights if name == "caption_accuracy" else None
+        per_image = values.mean(1)
+        low, high = bootstrap_interval(values, weights=mine)
+        row |= {name: float(np.average(per_image, weights=mine)), f"{name}_low": low, f"{name}_high": high}
+        if name not in ("num_symbols", "energy"):
+            row[f"{name}_values"] = per_image.astype(np.float32).tolist()
+    if "features" in found:
+        row |= _distances(found["features"], bench)
+    return row
+
+
+def _distances(features: Float[np.ndarray, "n r f"], bench: Bench) -> dict[str, float]:
+    """Frechet and kernel distances to the reference pictures, in SceneNet features."""
+    reference, flat = bench.reference_features, features.reshape(-1, features.shape[-1])
+    interval = frechet_interval(features, reference, paired=True, num_resamples=25)
+    row = {"frechet": interval.distance, "frechet_low": interval.low, "frechet_high": interval.high}
+    subset = min(500, len(reference) // 2)
+    if subset < 2:
+        return row
+    distance, error = kernel_distance(flat, reference, num_subsets=20, subset_size=subset)
+    return row | {"kernel_distance": distance, "kernel_distance_error": error}
+
+
+def make_bench(config: SweepConfig, model: str, seed: int, latents: Path, batch: int) -> tuple[Bench, dict[str, Any]]:
+    """The bench of one model and seed, and the digests of what its numbers depend on; generates missing latents."""
+    folder = locate(model)
+    pipe = StableDiffusion.from_pretrained(folder)
+    codec = find_codec(config, folder, pipe)
+    beside = folder / "scenenet"
+    scenenet = SceneNet.load(beside) if beside.is_dir() else None
+    statistics = SourceStatistics.load(folder, pipe.configs.vae.latent_channels)
+    prompts = read_prompts(config, seed)
+    options = {"num_steps": config.steps, "guidance_scale": config.guidance}
+    made = generate(pipe, prompts.texts, latents / f"{folder.name}-{seed}", seed=seed + 1, **options)
+    bench = Bench(config, pipe, codec, statistics, scenenet, seed, prompts, made[: config.num_images], batch)
+    coded = codec_digest(codec) if isinstance(codec, SeedCodec) else None if codec is None else object_digest(codec)
+    return bench, {"model": model_digest(pipe), "codec": coded, "prompts": object_digest(prompts.texts)}
+
+
+def find_codec(config: SweepConfig, folder: Path, pipe: StableDiffusion) -> Any:
+    """The codec asked for, or the one beside the model, None without either; ValueError if it does not fit."""
+    if config.codec is not None and ":" in config.codec:
+        return load_object(config.codec, "codec", "encode")
+    if config.codec is None and not (folder / "codec").is_dir():
+        needed = [name for name in config.schemes if name in ("seed", "seed-klt", "latent-wiener", "opta")]
+        require(not needed, "codec", None, f"given: the model has none, and {', '.join(needed)} needs it")
+        return None
+    codec = SeedCodec.from_pretrained(config.codec or folder / "codec")
+    fits = codec.latent_shape == pipe.latent_shape()
+    require(fits, "codec", config.codec, f"one for latents of shape {pipe.latent_shape()}, not {codec.latent_shape}")
+    return codec
+
+
+def codec_digest(codec: SeedCodec) -> str:
+    """SHA-256 of a codec's configuration and weights."""
+    return object_digest((repr(codec.config), codec.state))

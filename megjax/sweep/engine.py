@@ -1,0 +1,111 @@
+"""The sweep: every point of a configuration measured once, kept as it finishes, resumed after any kill."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm import tqdm
+
+from megjax.configs import require
+from megjax.power import LearnedPower
+from megjax.sweep.bench import Bench, make_bench, summarise
+from megjax.sweep.config import Point, SweepConfig, find_fading, find_policy, object_digest
+from megjax.sweep.store import Store
+from megjax.units import linear_to_db
+
+
+def run_sweep(
+    config: SweepConfig,
+    folder: Path,
+    *,
+    latents: Path = Path("runs/latents"),
+    batch: int = 40,
+    about: dict[str, str] | None = None,
+    progress: bool = True,
+    on_point: Callable[[Point], None] | None = None,
+) -> pd.DataFrame:
+    """Measure what `folder` lacks of the configuration's points and write `results.parquet`; returns that table.
+
+    A point depends on the configuration, the models, the codec and its own key only, and is written in one step: a run
+    that is killed at any moment goes on where it was, with identical results. Longer lists add points; a folder whose
+    points share another setting or model is refused. Latents are generated once for each model and seed, in `latents`,
+    and spread over the local devices together with `batch` receptions at a time. `about` are notes (versions, commit)
+    that go with every row; `on_point` is called after each measured point.
+
+    Rows hold the point, `n` receptions and `images`, the mean and the 95 % interval (over images) of every metric, and
+    in the points' own files the mean of every image. Raises ValueError, before anything is measured, for a bad
+    configuration or folder; and, leaving all finished points, for a damaged file or a disk that takes no more.
+    """
+    require(isinstance(batch, int) and batch >= 1, "batch", batch, "an integer of at least 1")
+    for name in config.fadings:
+        find_fading(name)
+    for name in config.policies:
+        find_policy(name)
+    benches, digests = {}, {}
+    for model in config.models:
+        for seed in config.seeds:
+            benches[model, seed], digests[f"{model}-{seed}"] = make_bench(config, model, seed, latents, batch)
+    store = Store(folder, {**config.shared(), "sources": digests})
+    store.open()
+    asked = config.points()
+    measured: dict[Point, dict[str, Any] | None] = {point.physics(): None for point in asked}
+    paths = {point: store.path(point, _parts(point)) for point in measured}
+    for point, path in paths.items():
+        measured[point] = store.read(path)
+    missing = [point for point, row in measured.items() if row is None]
+    total = sum(_work(config, point) for point in missing)
+    with tqdm(total=total, desc=folder.name, unit="image", disable=None if progress and missing else True) as bar:
+        for point in missing:
+            bar.set_postfix_str(f"{point.scheme} {point.snr_db:g} dB", refresh=False)
+            row = _measure(benches[point.model, point.seed], point, config, bar)
+            store.write(paths[point], {**row, **(about or {})})
+            measured[point] = store.read(paths[point])
+            if on_point is not None:
+                on_point(point)
+    rows = [{**measured[point.physics()], **_described(point), **_power(point, measured)} for point in asked]
+    return store.merge(rows)
+
+
+def _measure(bench: Bench, point: Point, config: SweepConfig, bar: tqdm) -> dict[str, Any]:
+    found = bench.measure(point, lambda count: bar.update(count * _weight(point)))
+    return {**_described(point), **summarise(found, bench)}
+
+
+def _described(point: Point) -> dict[str, Any]:
+    """The point as columns; an infinite peak is none."""
+    values = dataclasses.asdict(point)
+    return values | {"peak_power": None if math.isinf(point.peak_power) else point.peak_power}
+
+
+def _power(point: Point, measured: dict[Point, dict[str, Any]]) -> dict[str, float]:
+    """Mean power P of the symbols, and the effective SNR P / sigma^2 in dB."""
+    row = measured[point.physics()]
+    mean = row["energy"] / row["num_symbols"]
+    return {"mean_power": mean, "effective_snr_db": point.snr_db + float(linear_to_db(mean))}
+
+
+def _parts(point: Point) -> dict[str, Any]:
+    """Digests of what a point names: a user's law or policy, or the trained policy."""
+    policy = find_policy(point.policy)
+    if point.policy == "ppo":
+        policy = LearnedPower.from_pretrained("scenes")
+    return {"fading": object_digest(find_fading(point.fading)), "policy": object_digest(policy)}
+
+
+def _weight(point: Point) -> int:
+    """Work of one reception against that of decoding one image."""
+    return 1 + point.device_steps
+
+
+def _work(config: SweepConfig, point: Point) -> int:
+    return config.num_images * config.realisations * _weight(point)
+
+
+def read_points(folder: Path) -> list[dict[str, Any]]:
+    """Every finished point of a sweep, with the mean of every image, for paired comparisons; ValueError without any."""
+    store, paths = Store(folder, {}), sorted((folder / "points").glob("*.parquet"))
+    require(bool(paths), "results folder", str(folder), "one that a sweep wrote")
+    return [store.read(path) for path in paths]
