@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from megjax.configs import read_json, require, write_json, write_text
 
+WHOLE = PartitionSpec()
 LossFn = Callable[[PyTree, PyTree, Key[Array, ""]], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 
 
@@ -89,28 +90,50 @@ def data_mesh(num_shards: int) -> Mesh:
     return Mesh(np.asarray(jax.devices()[:size]), ("data",))
 
 
-def data_parallel(loss_fn: LossFn, num_shards: int) -> LossFn:
+def data_parallel(
+    loss_fn: LossFn,
+    num_shards: int,
+    mesh: Mesh | None = None,
+    *,
+    param_specs: PyTree = WHOLE,
+    data_specs: PyTree = WHOLE,
+) -> LossFn:
     """The mean of `num_shards` draws of `loss_fn`, draw i with `fold_in(key, i)`, spread over the devices there are.
 
     What is drawn does not depend on the number of devices, so that losses agree but for rounding. Each draw is one
-    share of the batch.
+    share of the batch. `mesh` defaults to `data_mesh(num_shards)`; its axes all split the batch. Parameters that
+    `param_specs` (a tree of PartitionSpecs like theirs) split are gathered for use; their gradients come back split.
+    Data that `data_specs` split stay so: each draw sees the part of its device.
+
+    Raises ValueError if the devices of `mesh` do not divide `num_shards`.
     """
-    if num_shards == 1:
+    if num_shards == 1 and mesh is None:
         return loss_fn
-    mesh = data_mesh(num_shards)
-    everywhere, split = PartitionSpec(), PartitionSpec("data")
+    mesh = data_mesh(num_shards) if mesh is None else mesh
+    require(num_shards % mesh.size == 0, "num_shards", num_shards, f"a multiple of the mesh's {mesh.size} devices")
+    axes = mesh.axis_names
+    split = PartitionSpec(axes)
 
     def share(params: PyTree, data: PyTree, keys: Key[Array, " n"]):
+        params = jax.tree.map(_gather, param_specs, params, is_leaf=lambda x: isinstance(x, PartitionSpec))
         draws = [loss_fn(params, data, keys[i]) for i in range(num_shards // mesh.size)]
         mean = jax.tree.map(lambda *parts: sum(parts) / len(parts), *draws)
-        return jax.lax.pmean(mean, "data")
+        return jax.lax.pmean(mean, axes)
 
-    shares = jax.shard_map(share, mesh=mesh, in_specs=(everywhere, everywhere, split), out_specs=everywhere)
+    shares = jax.shard_map(share, mesh=mesh, in_specs=(param_specs, data_specs, split), out_specs=WHOLE)
 
     def mean_loss(params: PyTree, data: PyTree, key: Key[Array, ""]):
         return shares(params, data, jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_shards)))
 
     return mean_loss
+
+
+def _gather(spec: PartitionSpec, params: PyTree) -> PyTree:
+    """The whole of what `spec` splits, inside `shard_map`."""
+    for axis, name in enumerate(spec):
+        if name is not None:
+            params = jax.tree.map(lambda x, a=axis, n=name: jax.lax.all_gather(x, n, axis=a, tiled=True), params)
+    return params
 
 
 def make_step(config: FitConfig, loss_fn: LossFn) -> Callable[[FitState, PyTree, Key[Array, ""]], tuple]:

@@ -30,6 +30,7 @@ LAYERS = {
     "codec": 2,
     "metrics": 2,
     "power": 2,
+    "tpu": 2,
     "system": 3,
     "ldm": 4,
     "sweep": 4,
@@ -38,12 +39,14 @@ LAYERS = {
 # Edges beyond "any lower layer": inside layer 0, and for layer 2, which sees layer 1 only along its arrows.
 ARROWS = {
     "runtime": {"configs"},
+    "sharding": {"configs"},
     "data.scenes": {"data.__init__", "data.scene_shapes"},
     "data.scene_shapes": {"data.__init__"},
     "data.latents": {"diffusion"},
     "codec": {"channel", "training"},
     "metrics": {"diffusion"},
     "power": {"channel", "training"},
+    "tpu": {"cost"},
 }
 MAX_LINES = {"megjax": 400, "train": 150}
 

@@ -1,0 +1,186 @@
+"""Meshes, shardings and start-up of processes; what needs several devices runs on CPU devices of a new process."""
+
+import socket
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from megjax.sharding import (
+    MeshConfig,
+    Processes,
+    find_processes,
+    fsdp_specs,
+    make_mesh,
+    partition_spec,
+    shard_batch,
+    start_processes,
+)
+
+
+def run_on_devices(num, code, *arguments):
+    """What `code` prints in a process with `num` CPU devices."""
+    head = f"import jax\njax.config.update('jax_num_cpu_devices', {num})\n"
+    command = [sys.executable, "-c", head + textwrap.dedent(code), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "sizes"),
+    [
+        (MeshConfig(), 8, (8, 1, 1)),
+        (MeshConfig(fsdp=4), 8, (2, 4, 1)),
+        (MeshConfig(2, -1, 2), 16, (2, 4, 2)),
+        (MeshConfig(1, 1, 1), 1, (1, 1, 1)),
+    ],
+)
+def test_sizes_multiply_to_the_devices(config, devices, sizes):
+    assert config.sizes(devices) == sizes
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MeshConfig(3).sizes(8), "mesh: data x fsdp x tensor is 3; it must be the number of devices, 8"),
+        (lambda: MeshConfig(fsdp=3).sizes(8), "product is 3; it must be a divisor of 8 devices"),
+        (lambda: MeshConfig(-1, -1), "-1 on one axis at most"),
+        (lambda: MeshConfig(tensor=0), "mesh: tensor is 0"),
+        (lambda: MeshConfig(data=True), "mesh: data is True"),
+        (lambda: make_mesh(MeshConfig(7, 11)), "the number of devices, 1"),
+        (lambda: partition_spec(("batch", "colour")), "logical axis is 'colour'"),
+        (lambda: partition_spec(("x",), {"x": ("rows",)}), "mesh axis of 'x' is 'rows'"),
+        (lambda: partition_spec(("batch", "parameter")), "mesh axis used twice is 'fsdp'"),
+        (lambda: fsdp_specs(jnp.ones(3), 0), "size of the fsdp axis is 0"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_logical_names():
+    assert partition_spec(("batch", None, "heads")) == PartitionSpec(("data", "fsdp"), None, "tensor")
+    assert partition_spec(()) == PartitionSpec()
+
+
+def test_fsdp_splits_the_largest_axis_that_divides():
+    shapes = {"kernel": (3, 3, 320, 640), "odd": (7, 9, 4096), "small": (8, 8), "prime": (10007, 2), "bias": (65536,)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    assert fsdp_specs(params, 8) == {
+        "kernel": PartitionSpec(None, None, None, "fsdp"),
+        "odd": PartitionSpec(None, None, "fsdp"),
+        "small": PartitionSpec(),
+        "prime": PartitionSpec(),
+        "bias": PartitionSpec("fsdp"),
+    }
+    assert set(fsdp_specs(params, 1).values()) == {PartitionSpec()}
+
+
+def test_placement_on_eight_devices():
+    code = """
+    import jax.numpy as jnp, numpy as np
+    from megjax.sharding import MeshConfig, fsdp_shardings, make_mesh, shard_batch
+    mesh = make_mesh(MeshConfig(fsdp=4))
+    print(dict(mesh.shape))
+    params = jax.device_put({"w": jnp.ones((256, 128))}, fsdp_shardings(mesh, {"w": jnp.ones((256, 128))}))
+    print(params["w"].sharding.shard_shape((256, 128)))
+    batch = shard_batch(mesh, {"x": np.arange(32.0).reshape(16, 2)})
+    print(batch["x"].sharding.shard_shape((16, 2)), float(batch["x"].sum()))
+    try:
+        shard_batch(mesh, np.ones((12, 2)))
+    except ValueError as error:
+        print(error)
+    """
+    assert run_on_devices(8, code).splitlines() == [
+        "{'data': 2, 'fsdp': 4, 'tensor': 1}",
+        "(64, 128)",
+        "(2, 2) 496.0",
+        "batch is 12; it must be a multiple of data x fsdp, 8",
+    ]
+
+
+def test_shard_batch_on_one_device():
+    batch = shard_batch(make_mesh(), jnp.ones((3, 2)))
+    assert batch.shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("environ", "found"),
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}, None),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "n[1-2]"}, Processes("slurm")),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, Processes("gke")),
+        ({"TPU_WORKER_HOSTNAMES": "a", "TPU_WORKER_ID": "0"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a", "TPU_WORKER_ID": "0", "MEGASCALE_NUM_SLICES": "2"}, Processes("gke")),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"}, Processes("ompi")),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a:1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
+            Processes("address", "a:1", 2, 1),
+        ),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a-0:12", "JAX_NUM_PROCESSES": "4", "JOB_COMPLETION_INDEX": "3"},
+            Processes("address", "a-0:12", 4, 3),
+        ),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
+    ],
+)
+def test_processes_are_found(environ, found):
+    assert find_processes(environ=environ) == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "message"),
+    [
+        ((None, 2, 0), {}, "coordinator_address is None"),
+        (("host", 2, 0), {}, "coordinator address is 'host'; it must be host:port"),
+        (("host:1", 2, 2), {}, "process id is 2; it must be in"),
+        (("host:1", 0, 0), {}, "number of processes is 0"),
+        (("host:1", None, 0), {}, "JAX_NUM_PROCESSES is None"),
+        (("host:1", 2, None), {"JAX_PROCESS_ID": "first"}, "JAX_PROCESS_ID is 'first'"),
+        ((), {"OMPI_COMM_WORLD_SIZE": "2"}, "JAX_COORDINATOR_ADDRESS is None"),
+    ],
+)
+def test_incomplete_processes(arguments, environ, message):
+    with pytest.raises(ValueError, match=message):
+        find_processes(*arguments, environ=environ)
+
+
+def test_a_lone_process_starts_nothing(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "TPU_WORKER_ID", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert start_processes() is None
+    assert not jax.distributed.is_initialized()
+
+
+def test_two_processes_make_one_mesh():
+    """Two processes of two devices each sum a batch of which each holds one half."""
+    code = """
+    import sys
+    import jax.numpy as jnp, numpy as np
+    from megjax.sharding import make_mesh, shard_batch, start_processes
+    address, index = sys.argv[1], int(sys.argv[2])
+    start_processes(address, 2, index)
+    mesh = make_mesh()
+    batch = shard_batch(mesh, np.full((2, 3), index + 1.0))
+    total = jax.jit(jnp.sum)(batch)
+    print(batch.shape, dict(mesh.shape), float(total))
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    head = "import jax\njax.config.update('jax_num_cpu_devices', 2)\n"
+    command = [sys.executable, "-c", head + textwrap.dedent(code), address]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen([*command, str(index)], **pipes) for index in range(2)]
+    for worker in workers:
+        out, err = worker.communicate(timeout=120)
+        assert out.splitlines()[-1:] == ["(4, 3) {'data': 4, 'fsdp': 1, 'tensor': 1} 18.0"], err[-2000:]
