@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 
-.PHONY: install peers demo channel codec power benchmark quality test test-slow lint format clean
+.PHONY: install peers demo channel codec power benchmark aot quality test test-slow lint format clean
 
 # Everything: the library, what tests and linting need, and the tools of the README.
 install: .venv/test.stamp
@@ -27,6 +27,11 @@ peers: .venv/peers.stamp
 
 .venv/peers.stamp: .venv/run.stamp
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[peers]'
+	@touch $@
+
+# libtpu, which compiles for TPUs on any Linux machine.
+.venv/tpu.stamp: .venv/run.stamp
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[tpu]'
 	@touch $@
 
 # Prompts of your own: .venv/bin/python -m eval.generate "a red house under a night sky"
@@ -67,6 +72,11 @@ benchmark: .venv/run.stamp
 	$(BIN)/python -m eval.benchmark codec --rounds 3 --steps 25
 	$(BIN)/python -m eval.benchmark power --rounds 3
 	$(BIN)/python -m eval.benchmark tables
+
+# Every job compiled for TPU topologies on this machine, no TPU needed: about two minutes each for Stable Diffusion's sizes.
+# What benchmarks/aot/ holds already is only traced, so this can be stopped and started again.
+aot: .venv/tpu.stamp
+	TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m eval.aot --all --table docs/tpu.md
 
 quality: .venv/run.stamp
 	$(BIN)/python -m eval.quality
