@@ -1,0 +1,111 @@
+"""Ahead-of-time compilation for TPU topologies: sizes of the published models, programs, results and tables."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from eval import aot, aot_jobs, aot_tables
+from megjax.configs import read_json
+from megjax.diffusion.clip import CLIPTextModel
+from megjax.diffusion.layers import ShapeRngs
+from megjax.diffusion.unet import UNet2DConditionModel
+from megjax.diffusion.vae import AutoencoderKL
+from megjax.sharding import AXES
+from megjax.tpu import TpuConfig
+
+FOLDER = Path(__file__).parents[2] / "tpu_configs"
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+def num_parameters(build, config):
+    shapes = nnx.state(nnx.eval_shape(lambda: build(config, rngs=ShapeRngs())))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "unet"), [("sd15", 123_060_480, 859_520_964), ("sd21", 340_387_840, 865_910_724)]
+)
+def test_models_have_the_published_number_of_parameters(name, text, unet):
+    configs, length = aot_jobs.model_configs(name, jnp.bfloat16)
+    assert length == 77
+    assert num_parameters(CLIPTextModel, configs.text_encoder) == text
+    assert num_parameters(UNet2DConditionModel, configs.unet) == unet
+    assert num_parameters(AutoencoderKL, configs.vae) == 83_653_863
+
+
+@pytest.mark.parametrize("job", aot_jobs.JOBS)
+def test_jobs_of_the_bundled_model_lower(job):
+    """On one CPU device, which has no less to trace than a topology."""
+    config = TpuConfig.from_file(FOLDER / "v5e-8.json")
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
+    program = aot_jobs.Jobs(config, mesh, "scenes", num_steps=2).make(job)
+    assert program.items >= 1 and program.knob == f"batch.{job}"
+    assert "func.func public @main" in program.lower().as_text()
+
+
+def test_unknown_names(tmp_path):
+    with pytest.raises(ValueError, match="--job is 'paint'"):
+        aot.run(aot.Arguments(job="paint", output=tmp_path))
+    with pytest.raises(ValueError, match="--model-config is 'sdxl'"):
+        aot.run(aot.Arguments(model_config="sdxl", output=tmp_path))
+
+
+def test_the_plan_names_every_file_once_a_job():
+    listed = aot.plan(FOLDER)
+    assert len(listed) == len(set(listed))
+    assert {path for path, _, _ in listed} == set(FOLDER.glob("*.json"))
+    assert [job for _, job, model in listed[:5]] == ["codec", "power", "sweep", "generate", "ldm"]
+
+
+def make_small(rows):
+    """A stand-in for `Jobs.make`: ten products of a batch with one matrix, and the sum over the devices."""
+
+    def make(self, job):
+        def fn(w, x):
+            y = jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, 10)[0]
+            return y.astype(jnp.float32).sum()
+
+        split = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+        w = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16, sharding=self.everywhere)
+        x = jax.ShapeDtypeStruct((rows, 512), jnp.bfloat16, sharding=split)
+        return aot_jobs.Program(fn, (w, x), rows, "rows", "batch.generate")
+
+    return make
+
+
+@needs_libtpu
+def test_a_small_program_compiles_and_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(aot_jobs.Jobs, "make", make_small(8 * 1024))
+    args = aot.Arguments(tpu_config=FOLDER / "v5e-8.json", model_config="scenes", output=tmp_path)
+    (result,) = aot.run(args)
+    per_device = 2 * 1024 * 512 * 512
+    assert result["flops"] == pytest.approx(10 * per_device, rel=0.1)
+    assert result["flops_loops_once"] == pytest.approx(per_device, rel=0.1)
+    assert [c["kind"] for c in result["collectives"]] == ["all-reduce"]
+    assert result["memory"]["arguments"] == pytest.approx(2 * (512 * 512 + 1024 * 512), rel=0.01)
+    assert result["devices"] == 8 and result["items_per_second"] > 0
+    assert "roofline: compute" in capsys.readouterr().out
+    assert read_json(tmp_path / "v5e-8-generate-scenes.json") == result
+
+    def fail(*_):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(aot, "measure", fail)
+    assert aot.run(args) == [result]
+    aot_tables.write(tmp_path, tmp_path / "tpu.md")
+    assert "| generate | scenes | v5e:2x4 | 8,192 rows |" in (tmp_path / "tpu.md").read_text()
+
+
+@needs_libtpu
+def test_what_does_not_fit_names_the_knob(tmp_path, monkeypatch):
+    monkeypatch.setattr(aot_jobs.Jobs, "make", make_small(8 * 2**24))
+    with pytest.raises(ValueError, match=r"v5e-8.json: generate .*; lower batch.generate") as error:
+        aot.run(aot.Arguments(tpu_config=FOLDER / "v5e-8.json", model_config="scenes", output=tmp_path))
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("*.json"))
