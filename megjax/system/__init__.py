@@ -11,6 +11,7 @@ from megjax.system.build import (
     num_symbols,
     simulate,
 )
+from megjax.system.costs import Resources, SchemeCost, Work, measure_work, scheme_cost
 from megjax.system.image_codec import CodedImageLink, ImageCodecTable, fit_image_codec
 from megjax.system.links import AnalogLink, Code, Link, Noisy, QAMLink, Source, SplitConstants, SplitLink
 from megjax.system.rewards import image_quality
@@ -30,19 +31,24 @@ __all__ = [
     "Noisy",
     "QAMLink",
     "SCHEMES",
+    "Resources",
     "STATISTICS_NAME",
+    "SchemeCost",
     "Simulator",
     "Source",
     "SourceStatistics",
     "SplitConstants",
     "SplitLink",
     "Transmission",
+    "Work",
     "codec_statistics",
     "fit_image_codec",
     "image_quality",
     "latent_moments",
     "make_simulator",
+    "measure_work",
     "measured_weights",
     "num_symbols",
+    "scheme_cost",
     "simulate",
 ]

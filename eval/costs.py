@@ -1,0 +1,97 @@
+"""Write the costs of one image under every scheme: symbols, airtime, energy, operations at both ends, latency."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import pandas as pd
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from megjax.channel import RayleighFading
+from megjax.codec import SeedCodec
+from megjax.configs import require
+from megjax.diffusion.layout import locate
+from megjax.diffusion.pipeline import StableDiffusion
+from megjax.runtime import command, prepare_output
+from megjax.system import Resources, fit_image_codec, make_simulator, measure_work, scheme_cost
+from megjax.units import check_snr_db
+
+SCHEMES = {
+    "centralized, analog": ("centralized", "analog", {}),
+    "centralized, uncoded 16-QAM": ("centralized", "qam", {}),
+    "centralized, coded": ("centralized", "coded", {}),
+    "latent": ("latent", "symbol", {}),
+    "latent, Wiener receiver": ("latent", "wiener", {}),
+    "seed, r = 4": ("seed", "learned", {}),
+    "split, 1 device step": ("split", None, {"device_steps": 1}),
+    "split, 5 device steps": ("split", None, {"device_steps": 5}),
+    "split, 20 server and 5 device steps": ("split", None, {"device_steps": 5, "server_steps": 20}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The link and the machines at its ends, and where the table goes."""
+
+    resources: Resources = Resources()
+    """Bandwidth, transmit power and sustained speeds."""
+    model: str = "scenes"
+    """"scenes" (bundled) or a folder in the diffusers layout with a codec."""
+    rate: float = 4.0
+    """Compression ratio of the seed."""
+    snr_db: float = 10.0
+    """SNR at which the coded image chooses its quality."""
+    steps: int = 25
+    """Denoising steps of the server where it takes them all."""
+    output: Path = Path("outputs/sweeps/costs")
+    """Folder for costs.parquet."""
+
+
+def run(args: Arguments) -> pd.DataFrame:
+    """Count, print, save. ValueError on bad arguments, before any work."""
+    require(check_snr_db(args.snr_db).ndim == 0, "--snr-db", args.snr_db, "one number in dB")
+    prepare_output(args.output)
+    folder = locate(args.model)
+    require((folder / "codec").is_dir(), "--model", args.model, "a model with a codec")
+    pipe, codec = StableDiffusion.from_pretrained(folder), SeedCodec.from_pretrained(folder / "codec")
+    latents = codec.validation
+    require(latents is not None, "--model", args.model, "a model whose codec has validation latents")
+    pictures = pipe.decode(latents[:200], 20)
+    options = {"mode": "equal_power", "rate": args.rate, "num_steps": args.steps}
+    table = fit_image_codec(jax.random.key(0), pictures, RayleighFading(), [args.snr_db])
+    rows, ids = [], pipe.tokenize(["a house"])
+    for name, (scheme, variant, more) in SCHEMES.items():
+        made = make_simulator(
+            pipe, codec, scheme, None, "equal", variant=variant, image_codec=table, **(options | more)
+        )
+        count = None if hasattr(made.link, "num_symbols") else _mean_symbols(made, latents[:200], pictures, args)
+        cost = scheme_cost(made, measure_work(made, ids), args.resources, count)
+        rows.append({"scheme": name, **dataclasses.asdict(cost), "latency_s": cost.latency_s})
+    frame = pd.DataFrame(rows).assign(**dataclasses.asdict(args.resources), steps=args.steps, coded_snr_db=args.snr_db)
+    part = args.output / "costs.parquet.part"
+    frame.to_parquet(part, index=False)
+    part.replace(args.output / "costs.parquet")
+    show(frame)
+    return frame
+
+
+def _mean_symbols(made, latents, pictures, args: Arguments) -> float:
+    """Mean K of the coded image over validation pictures."""
+    source = made.source(made.params, latents)._replace(images=pictures)
+    return float(made.link.code(made.params["codec"], source, args.snr_db, None).num_symbols.mean())
+
+
+def show(frame: pd.DataFrame) -> None:
+    """Print the table."""
+    table = Table("scheme", "symbols", "K / 3HW", "airtime", "energy", "server", "device", "latency")
+    for row in frame.itertuples():
+        cells = [row.scheme, f"{row.num_symbols:,.0f}", f"{row.bandwidth_ratio:.4f}", f"{1e3 * row.airtime_s:.2f} ms"]
+        cells += [f"{1e6 * row.energy_j:.1f} uJ", f"{row.server_flops / 1e9:.2f} G", f"{row.device_flops / 1e9:.2f} G"]
+        table.add_row(*cells, f"{1e3 * row.latency_s:.2f} ms")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    command("eval.costs", lambda: run(tyro.cli(Arguments, description=__doc__)))

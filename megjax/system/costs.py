@@ -1,0 +1,159 @@
+"""What one image costs under a scheme: symbols, airtime, transmit energy, work at both ends, and latency."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from megjax.configs import require
+from megjax.cost import cost_of, shapes_of
+from megjax.diffusion import generation
+from megjax.system.links import Source
+from megjax.system.simulator import Simulator
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """Bandwidth, transmit power and speeds that turn counts into seconds and joules.
+
+    `bandwidth_hz` carries as many symbols a second (Nyquist, no excess bandwidth). `transmit_power_w` is the power of
+    a symbol at P = 1. Speeds are sustained operations per second, a multiply-add being two.
+    """
+
+    bandwidth_hz: float = 1e6
+    transmit_power_w: float = 0.1
+    server_flops_per_s: float = 100e12
+    device_flops_per_s: float = 1e12
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            require(0 < value < math.inf, field.name, value, "positive and finite")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Floating-point operations for one image, by stage, as XLA counts them in the compiled stages."""
+
+    text: float
+    """Text encoder, prompt and negative prompt."""
+    step: float
+    """One denoising step, both halves of the guidance."""
+    image: float
+    """The VAE's decoder."""
+    code: float
+    """Seed coding."""
+    decode: float
+    """Seed decoding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SchemeCost:
+    """The costs of one image; `bandwidth_ratio` is complex symbols per real number of the image, K / (3 H W)."""
+
+    num_symbols: float
+    bandwidth_ratio: float
+    airtime_s: float
+    energy_j: float
+    server_flops: float
+    device_flops: float
+    server_s: float
+    device_s: float
+
+    @property
+    def latency_s(self) -> float:
+        """Server, airtime and device one after the other; propagation and queues left out."""
+        return self.server_s + self.airtime_s + self.device_s
+
+
+def measure_work(simulator: Simulator, ids: Array | np.ndarray) -> Work:
+    """Operations of the stages of a simulator for one image, each compiled alone from shapes and counted by XLA.
+
+    `ids` [b l] are token ids of any prompt. The host's image codec is not counted. Raises ValueError if the backend has
+    no cost analysis.
+    """
+    graphs, params = simulator.graphs, simulator.params
+    shapes, one = shapes_of(jax.tree.map(jnp.asarray, params)), jax.ShapeDtypeStruct((1, ids.shape[1]), jnp.int32)
+    latent = jax.ShapeDtypeStruct((1, *simulator.latent_shape), jnp.float32)
+    level = jax.ShapeDtypeStruct((), jnp.float32)
+
+    def text(params, ids):
+        return generation.prompt_features(graphs, params, ids, ids if simulator.guided else None)
+
+    features = jax.eval_shape(text, shapes, one)
+
+    def step(params, x, features):
+        return generation.denoiser_for(graphs, params, *features, 3.0)(x, jnp.zeros((), jnp.int32))
+
+    def image(params, z):
+        return generation.decode(graphs, params, z)
+
+    def code(params, latents, images, snr_db):
+        return simulator.link.code(params["codec"], Source(latents, images, latents), snr_db, simulator.energy)
+
+    pixels = jax.eval_shape(image, shapes, latent)
+    coded = jax.eval_shape(code, shapes, latent, pixels, level)
+    payload = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), coded.payload)
+    blocks = simulator.link.num_blocks
+
+    def receive(params, payload, shared, gains, power, noise_var):
+        return simulator.link.transmit(params["codec"], jax.random.key(0), payload, shared, gains, power, noise_var)
+
+    link = jax.ShapeDtypeStruct((blocks,), jnp.complex64), jax.ShapeDtypeStruct((blocks,), jnp.float32), level
+    received = jax.eval_shape(receive, shapes, payload, coded.shared, *link)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), received)
+
+    def decode(params, received, shared):
+        return simulator.link.decode(params["codec"], received, shared)
+
+    return Work(
+        cost_of(text, shapes, one).flops,
+        cost_of(step, shapes, latent, features).flops,
+        cost_of(image, shapes, latent).flops,
+        cost_of(code, shapes, latent, pixels, level).flops,
+        cost_of(decode, shapes, batch, coded.shared).flops,
+    )
+
+
+def scheme_cost(
+    simulator: Simulator,
+    work: Work,
+    resources: Resources | None = None,
+    num_symbols: float | None = None,
+) -> SchemeCost:
+    """Costs of one image under a simulator's scheme.
+
+    `num_symbols` is the mean K where it depends on the image (coded pixels). The server encodes the text and takes its
+    steps, and finishes the image if pixels are sent; the device decodes, and finishes the image if latents are. A
+    device that denoises also encodes the text. Raises ValueError without a K.
+    """
+    resources = Resources() if resources is None else resources
+    count = getattr(simulator.link, "num_symbols", num_symbols)
+    require(count is not None and count > 0, "num_symbols", count, "given and positive for images coded by the host")
+    steps = simulator.sampler.num_steps if simulator.server_steps is None else simulator.server_steps
+    pixels, denoises = simulator.link.result == "images", simulator.link.result == "noisy"
+    server = work.text + steps * work.step + work.code + pixels * work.image
+    device = work.decode + (not pixels) * work.image + denoises * (work.text + simulator.device_steps * work.step)
+    power = 1.0 if simulator.energy is None else simulator.energy / count
+    airtime = count / resources.bandwidth_hz
+    image_size = math.prod(simulator.latent_shape[:2]) * _downsample(simulator) ** 2
+    return SchemeCost(
+        float(count),
+        float(count / (3 * image_size)),
+        airtime,
+        resources.transmit_power_w * power * airtime,
+        server,
+        device,
+        server / resources.server_flops_per_s,
+        device / resources.device_flops_per_s,
+    )
+
+
+def _downsample(simulator: Simulator) -> int:
+    """Pixels per latent pixel."""
+    shape = jax.ShapeDtypeStruct((1, *simulator.latent_shape), jnp.float32)
+    image = jax.eval_shape(lambda p, z: generation.decode(simulator.graphs, p, z), simulator.params, shape)
+    return image.shape[1] // simulator.latent_shape[0]
