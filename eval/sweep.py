@@ -10,9 +10,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from eval.measure import environment
+from eval.measure import environment, num_cores
 from megjax.configs import require
-from megjax.runtime import command, prepare_output
+from megjax.runtime import command, prepare_output, use_cpu_devices
 from megjax.sweep import SweepConfig, run_sweep
 
 SNRS = (-10.0, -5.0, 0.0, 10.0, 20.0)
@@ -113,6 +113,7 @@ def run(args: Arguments) -> list[pd.DataFrame]:
 
 
 def main() -> None:
+    use_cpu_devices(num_cores())  # one thread each: faster than all threads on one device
     command("eval.sweep", lambda: run(tyro.cli(Arguments, description=__doc__)))
 
 
