@@ -23,10 +23,20 @@ from megjax.data.latents import generate, model_digest, over_devices, scene_capt
 from megjax.diffusion import generation
 from megjax.diffusion.layout import locate
 from megjax.diffusion.pipeline import StableDiffusion
-from megjax.metrics import SceneNet, bootstrap_interval, frechet_interval, kernel_distance, psnr, ssim
+from megjax.metrics import SceneNet, psnr, ssim
 from megjax.metrics.scenenet import caption_accuracy, labels_from_logits
-from megjax.sweep.config import LATENT_METRICS, Point, SweepConfig, find_fading, find_policy, load_object, object_digest
+from megjax.sweep.config import (
+    LATENT_METRICS,
+    Point,
+    SweepConfig,
+    find_fading,
+    find_policy,
+    load_object,
+    object_digest,
+    part_digest,
+)
 from megjax.system import (
+    BlockWeights,
     Delivery,
     Simulator,
     Source,
@@ -41,6 +51,8 @@ from megjax.units import db_to_linear, linear_to_db
 
 IMAGE_CODEC_SCENES = 400
 """Training pictures that the coded image's quality and rate are chosen on."""
+PICTURES = 4
+"""First images of a point that are kept as pictures, as the first realisation brings them."""
 TABLE_KEY, RENDER_KEY = 2**32 - 1, 2**32 - 2
 """Streams of a seed beside those of its images."""
 
@@ -64,8 +76,9 @@ def read_prompts(config: SweepConfig, seed: int) -> Prompts:
         return Prompts(texts, labels, stated)
     try:
         lines = [line.strip() for line in Path(config.prompts).read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise ValueError(f"prompts is {config.prompts!r}, which cannot be read: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text file"
+        raise ValueError(f"prompts is {config.prompts!r}, which cannot be read: {reason}") from None
     count = len(lines)
     require(count >= config.num_images, "num_images", config.num_images, f"at most {count}, the prompts of the file")
     return Prompts(lines[: config.num_images])
@@ -82,7 +95,8 @@ class Bench:
     scenenet: SceneNet | None
     seed: int
     prompts: Prompts
-    latents: np.ndarray
+    cache: Path
+    """Folder of the latents."""
     batch: int
     """Receptions at a time."""
 
@@ -94,6 +108,13 @@ class Bench:
     @functools.cached_property
     def ids(self) -> np.ndarray:
         return self.pipe.tokenize(self.prompts.texts[: self.config.num_images])
+
+    @functools.cached_property
+    def latents(self) -> np.ndarray:
+        """The server's latents, generated or from the cache; ValueError as `megjax.data.latents.generate`."""
+        options = {"num_steps": self.config.steps, "guidance_scale": self.config.guidance}
+        made = generate(self.pipe, self.prompts.texts, self.cache, seed=self.seed + 1, **options)
+        return made[: self.config.num_images]
 
     @functools.cached_property
     def images(self) -> np.ndarray:
@@ -145,9 +166,22 @@ class Bench:
         key = jax.random.fold_in(jax.random.key(self.seed), TABLE_KEY)
         return fit_image_codec(key, training, find_fading(fading), self.config.snr_db, budget, self.config.num_blocks)
 
+    def check(self, point: Point) -> None:
+        """ValueError if the parts of a point do not fit each other; nothing is measured for it."""
+        if point.scheme == "opta":
+            require(isinstance(self.codec, SeedCodec), "codec", self.config.codec, "a SeedCodec, for opta")
+            codec_statistics(self.codec)
+            num_symbols("seed", (), self.pipe.latent_shape(), point.rate)
+            return
+        plain = dataclasses.replace(point, scheme="centralized") if point.scheme == "centralized-coded" else point
+        self._make(plain, BlockWeights(jnp.zeros(1), jnp.ones((1, self.config.num_blocks))))
+
     @functools.cache  # noqa: B019
     def simulator(self, point: Point) -> Simulator:
         """The simulator of a point; those of points that differ in numbers only share a compiled program."""
+        return self._make(point, self._weights(point))
+
+    def _make(self, point: Point, weights: BlockWeights | None) -> Simulator:
         scheme, variant = point.kind
         options: dict[str, Any] = {"num_steps": self.config.steps, "guided": self.config.guidance > 1}
         if scheme == "split":
@@ -166,7 +200,7 @@ class Bench:
             num_blocks=self.config.num_blocks,
             modulation=self.config.modulation,
             statistics=self.statistics,
-            weights=self._weights(point),
+            weights=weights,
             peak_power=point.peak_power,
             decode_batch=None,
             **options,
@@ -199,7 +233,9 @@ class Bench:
                 for name, value in self._receive(simulator, point, part, numbers, partial).items():
                     rows.setdefault(name, []).append(value)
             for name, values in jax.device_get(rows).items():
-                found.setdefault(name, []).append(np.concatenate(values, axis=1))
+                if name != "pictures" or name not in found:
+                    whole = values[0] if name == "pictures" else np.concatenate(values, axis=1)
+                    found.setdefault(name, []).append(whole)
             progress((part.stop - part.start) * self.config.realisations)
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
@@ -225,7 +261,6 @@ class Bench:
 
     def _opta(self, point: Point, progress) -> dict[str, np.ndarray]:
         """The Gaussian limit's error for the gains that the schemes see, every block at equal power."""
-        require(isinstance(self.codec, SeedCodec), "codec", self.config.codec, "a SeedCodec, for opta")
         shape, blocks = self.pipe.latent_shape(), self.config.num_blocks
         count = num_symbols("seed", (), shape, point.rate)
         power = num_symbols("latent", (), shape) / count if point.mode == "equal_energy" else 1.0
@@ -263,6 +298,7 @@ def _receive(
         found["squared_error"] = jnp.square(delivery.latents - source.latents[:, None]).sum((2, 3, 4))
     if shown:
         found |= _compare(delivery, source)
+        found["pictures"] = delivery.images[:PICTURES, :1]
     if graph is not None:
         flat = delivery.images.reshape(-1, *delivery.images.shape[2:])
         features, logits = nnx.merge(graph, state)(flat)
@@ -297,41 +333,8 @@ def generate_partial(pipe: StableDiffusion, texts: list[str], seed: int, config:
     return np.concatenate(parts)[: config.num_images]
 
 
-def summarise(found: dict[str, np.ndarray], bench: Bench) -> dict[str, Any]:
-    """Means, 95 % intervals bootstrapped over images, distances, and the mean of every image."""
-    row: dict[str, Any] = {"n": found["energy"].size, "images": len(found["energy"])}
-    if "squared_error" in found:
-        found = {**found, "nmse": found["squared_error"] / bench.total_variance}
-    weights = None if bench.prompts.stated is None else bench.prompts.stated.sum(1).astype(float)
-    for name in ("psnr_db", "ssim", "nmse", "caption_accuracy", "num_symbols", "energy"):
-        if name not in found:
-            continue
-        values = found[name].astype(np.float64)
-        mine = weights if name == "caption_accuracy" else None
-        per_image = values.mean(1)
-        low, high = bootstrap_interval(values, weights=mine)
-        row |= {name: float(np.average(per_image, weights=mine)), f"{name}_low": low, f"{name}_high": high}
-        if name not in ("num_symbols", "energy"):
-            row[f"{name}_values"] = per_image.astype(np.float32).tolist()
-    if "features" in found:
-        row |= _distances(found["features"], bench)
-    return row
-
-
-def _distances(features: Float[np.ndarray, "n r f"], bench: Bench) -> dict[str, float]:
-    """Frechet and kernel distances to the reference pictures, in SceneNet features."""
-    reference, flat = bench.reference_features, features.reshape(-1, features.shape[-1])
-    interval = frechet_interval(features, reference, paired=True, num_resamples=25)
-    row = {"frechet": interval.distance, "frechet_low": interval.low, "frechet_high": interval.high}
-    subset = min(500, len(reference) // 2)
-    if subset < 2:
-        return row
-    distance, error = kernel_distance(flat, reference, num_subsets=20, subset_size=subset)
-    return row | {"kernel_distance": distance, "kernel_distance_error": error}
-
-
 def make_bench(config: SweepConfig, model: str, seed: int, latents: Path, batch: int) -> tuple[Bench, dict[str, Any]]:
-    """The bench of one model and seed, and the digests of what its numbers depend on; generates missing latents."""
+    """The bench of one model and seed, and the digests of what its numbers depend on."""
     folder = locate(model)
     pipe = StableDiffusion.from_pretrained(folder)
     codec = find_codec(config, folder, pipe)
@@ -339,10 +342,9 @@ def make_bench(config: SweepConfig, model: str, seed: int, latents: Path, batch:
     scenenet = SceneNet.load(beside) if beside.is_dir() else None
     statistics = SourceStatistics.load(folder, pipe.configs.vae.latent_channels)
     prompts = read_prompts(config, seed)
-    options = {"num_steps": config.steps, "guidance_scale": config.guidance}
-    made = generate(pipe, prompts.texts, latents / f"{folder.name}-{seed}", seed=seed + 1, **options)
-    bench = Bench(config, pipe, codec, statistics, scenenet, seed, prompts, made[: config.num_images], batch)
-    coded = codec_digest(codec) if isinstance(codec, SeedCodec) else None if codec is None else object_digest(codec)
+    pipe.sampler(None, config.steps)
+    bench = Bench(config, pipe, codec, statistics, scenenet, seed, prompts, latents / f"{folder.name}-{seed}", batch)
+    coded = None if codec is None else codec_digest(codec, config.codec)
     return bench, {"model": model_digest(pipe), "codec": coded, "prompts": object_digest(prompts.texts)}
 
 
@@ -360,6 +362,7 @@ def find_codec(config: SweepConfig, folder: Path, pipe: StableDiffusion) -> Any:
     return codec
 
 
-def codec_digest(codec: SeedCodec) -> str:
-    """SHA-256 of a codec's configuration and weights."""
-    return object_digest((repr(codec.config), codec.state))
+def codec_digest(codec: Any, name: str | None) -> str:
+    """SHA-256 of a trained codec's configuration and weights; of a user's own, what its import path stands for."""
+    trained = isinstance(codec, SeedCodec)
+    return object_digest((repr(codec.config), codec.state)) if trained else part_digest(name, codec)

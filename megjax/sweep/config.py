@@ -1,12 +1,15 @@
 """What a sweep measures: its settings, the points they make, and users' own parts by import path."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import inspect
 import itertools
 import json
 import math
+import sys
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -109,12 +112,14 @@ class SweepConfig:
             require(not unknown, name, unknown[0] if unknown else None, f"among {allowed}")
         check_snr_db(self.snr_db)
         require_positive_integers(self, "sweep", ("device_steps",))
-        fits = all(0 <= steps <= self.steps for steps in self.server_steps)
+        fits = all(isinstance(steps, int) and 0 <= steps <= self.steps for steps in self.server_steps)
         require(fits, "server_steps", self.server_steps, f"from 0 (all) to steps, {self.steps}")
         require(all(peak > 0 for peak in self.peak_powers), "peak_powers", self.peak_powers, "positive")
         require(math.isfinite(self.guidance), "guidance", self.guidance, "finite")
         require(self.metrics in ("image", "latent"), "metrics", self.metrics, "'image' or 'latent'")
         for seed in self.seeds:
+            whole = isinstance(seed, int) and not isinstance(seed, bool)
+            require(whole, "seeds", seed, "an integer")
             check_seed(seed)
         pixels = [name for name in self.schemes if name.startswith("centralized")]
         require(self.metrics == "image" or not pixels, "schemes", pixels, "ones with latents, for latent metrics")
@@ -194,11 +199,17 @@ def load_object(path: str, setting: str, method: str) -> Any:
         raise ValueError(f"{setting} is {path!r}, which cannot be imported: {error}") from None
     if inspect.isclass(value) or (callable(value) and not hasattr(value, method)):
         try:
-            value = value()
+            value = _made(value)
         except TypeError as error:
             raise ValueError(f"{setting} is {path!r}, which cannot be made without arguments: {error}") from None
     require(callable(getattr(value, method, None)), setting, path, f"an object with a method {method!r}")
     return value
+
+
+@functools.cache
+def _made(factory: Any) -> Any:
+    """One object for all points, so that they share a compiled program."""
+    return factory()
 
 
 def find_fading(name: str) -> Any:
@@ -224,13 +235,48 @@ def find_policy(name: str) -> Any:
     return name if name in POLICIES else load_object(name, setting, "allocate")
 
 
+def part_digest(name: str, value: Any) -> str:
+    """What tells a part of this name from another; of a user's own, the text of its module and its attributes too.
+
+    What that module imports from elsewhere is not looked at.
+    """
+    plain, own, _ = name.partition(":")
+    if not own or plain in FADINGS:
+        return object_digest(value)
+    file = getattr(sys.modules.get(plain), "__file__", None)
+    text = "" if file is None else Path(file).read_text()
+    return digest([_source(type(value)), text, _state(value, ())])
+
+
+def _state(value: Any, above: tuple[int, ...]) -> Any:
+    """Everything that an object is made of, down to arrays, the same in every process."""
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return repr(value)
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        array = np.asarray(value)
+        return [str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).hexdigest()]
+    if id(value) in above:
+        return "above"
+    inner = (*above, id(value))
+    if isinstance(value, dict):
+        return sorted((str(name), digest(_state(item, inner))) for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return [_state(item, inner) for item in value]
+    kind = value if inspect.isclass(value) or inspect.isroutine(value) else type(value)
+    attributes = {} if kind is value else getattr(value, "__dict__", {})
+    return [f"{kind.__module__}.{kind.__qualname__}", _state(attributes, inner)]
+
+
 def object_digest(value: Any) -> str:
-    """What tells one user's object from another: its class's source and its arrays."""
-    try:
-        source = inspect.getsource(type(value))
-    except (OSError, TypeError):
-        source = repr(type(value))
-    found = hashlib.sha256(source.encode())
+    """What tells one object from another: its class's source and its arrays."""
+    found = hashlib.sha256(_source(type(value)).encode())
     for leaf in jax.tree.leaves(value):
         found.update(np.asarray(leaf).tobytes() if isinstance(leaf, np.ndarray | jax.Array) else repr(leaf).encode())
     return found.hexdigest()
+
+
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return repr(kind)

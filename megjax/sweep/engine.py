@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from megjax.configs import require
 from megjax.power import LearnedPower
-from megjax.sweep.bench import Bench, make_bench, summarise
-from megjax.sweep.config import Point, SweepConfig, find_fading, find_policy, object_digest
+from megjax.sweep.bench import Bench, make_bench
+from megjax.sweep.config import Point, SweepConfig, find_fading, find_policy, object_digest, part_digest
 from megjax.sweep.store import Store
+from megjax.sweep.summary import summarise
 from megjax.units import linear_to_db
 
 
@@ -56,6 +57,10 @@ def run_sweep(
     for point, path in paths.items():
         measured[point] = store.read(path)
     missing = [point for point, row in measured.items() if row is None]
+    for point in dict.fromkeys(dataclasses.replace(point, snr_db=0.0) for point in missing):
+        benches[point.model, point.seed].check(point)
+    for model, seed in dict.fromkeys((point.model, point.seed) for point in missing if point.scheme != "opta"):
+        _ = benches[model, seed].latents
     total = sum(_work(config, point) for point in missing)
     with tqdm(total=total, desc=folder.name, unit="image", disable=None if progress and missing else True) as bar:
         for point in missing:
@@ -92,7 +97,11 @@ def _parts(point: Point) -> dict[str, Any]:
     policy = find_policy(point.policy)
     if point.policy == "ppo":
         policy = LearnedPower.from_pretrained("scenes")
-    return {"fading": object_digest(find_fading(point.fading)), "policy": object_digest(policy)}
+    fading = part_digest(point.fading, find_fading(point.fading))
+    return {
+        "fading": fading,
+        "policy": object_digest(policy) if point.policy == "ppo" else part_digest(point.policy, policy),
+    }
 
 
 def _weight(point: Point) -> int:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from megjax.sweep.config import Point, digest
 
 FORMAT = "megjax sweep 1"
 SETTINGS, POINTS, RESULTS = "sweep.json", "points", "results.parquet"
+NEEDED = ("scheme", "n", "energy", "num_symbols")
+"""Columns without which a file is no point."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Store:
             return None
         try:
             (row,) = pq.read_table(path).to_pylist()
+            if missing := [name for name in NEEDED if row.get(name) is None]:
+                raise ValueError(f"no {', '.join(missing)}")
         except (pa.ArrowException, OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{path} is damaged ({reason}); delete it to measure it anew") from None
@@ -86,8 +89,3 @@ class Store:
             part.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise ValueError(f"{path} cannot be written: {reason}; finished points are kept") from None
-
-
-def plain(value: Any) -> Any:
-    """A float that is no number as None, which Parquet and JSON agree on; anything else as it is."""
-    return None if isinstance(value, float) and math.isnan(value) else value
