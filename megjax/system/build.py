@@ -1,7 +1,6 @@
 """Simulators by name: schemes, their variants, fading laws and power policies put together and checked."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,15 +39,31 @@ MODES = ("equal_power", "equal_energy")
 WEIGHT_GRID_DB = tuple(np.arange(-15.0, 36.0, 5.0).tolist())
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["value"])
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fixed:
     """A user's object that is no pytree, as a leafless one: it has its attributes, and no parameters."""
 
     value: Any
 
+    def __eq__(self, other):
+        same = isinstance(other, Fixed) and self.value is other.value
+        return same or (isinstance(other, Fixed) and _hashable(self.value) and self.value == other.value)
+
+    def __hash__(self):
+        return hash(self.value) if _hashable(self.value) else id(self.value)
+
     def __getattr__(self, name: str):
         return getattr(object.__getattribute__(self, "value"), name)
+
+
+def _hashable(value: Any) -> bool:
+    """Whether the value can be compared; a plain dataclass or one that holds arrays cannot, and is itself only."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def as_pytree(value: Any) -> Any:
@@ -147,6 +162,10 @@ def make_simulator(
     require(mode in MODES, "mode", mode, f"one of {MODES}")
     require(peak_power > 0, "peak_power", peak_power, "positive")
     fading = RayleighFading() if fading is None else fading
+    require(callable(getattr(fading, "sample", None)), "fading", fading, "an object with a method sample")
+    ready = isinstance(policy, str) or callable(getattr(policy, "allocate", None))
+    require(ready, "policy", policy, "a name or an object with a method allocate")
+    require(decode_batch is None or decode_batch >= 1, "decode_batch", decode_batch, "at least 1, or None for all")
     learned = codec if isinstance(codec, SeedCodec) else None
     latent_shape = pipe.latent_shape()
     if learned is not None:
@@ -157,6 +176,9 @@ def make_simulator(
         fits = scheme == "split" and 1 <= server_steps <= table.num_steps
         require(fits, "server_steps", server_steps, f"from 1 to {table.num_steps}, with scheme 'split' only")
     statistics = SourceStatistics() if statistics is None else statistics
+    if learned is None and scheme in ("latent", "split"):
+        fits = len(statistics.latent_mean) == latent_shape[2]
+        require(fits, "statistics: latent_mean", statistics.latent_mean, f"of {latent_shape[2]} channels")
     parts = _Parts(pipe, codec, learned, statistics, rate, num_blocks, mapping, image_codec)
     if scheme == "split":
         level = 1.0 if server_steps is None else float(table.alpha_bars[server_steps])

@@ -38,7 +38,8 @@ class Source(NamedTuple):
     """What the server has made of a batch of prompts."""
 
     latents: Float[Array, "b h w c"]
-    images: Float[Array, "b H W 3"]
+    images: Float[Array, "b H W 3"] | None
+    """None where only latents are asked for."""
     partial: Float[Array, "b h w c"]
     """Latents after the server's share of the denoising steps: `latents` unless the device finishes them."""
 
@@ -142,7 +143,11 @@ class AnalogLink:
 
 @dataclasses.dataclass(frozen=True)
 class QAMLink:
-    """Finished pixels, 8 bits each, uncoded on Gray QAM; without parameters."""
+    """Finished pixels, 8 bits each, uncoded on Gray QAM; without parameters.
+
+    The bits are scrambled by a fixed pseudo-random sequence, as pixels do not have equally likely bits and so would not
+    give symbols of unit mean power.
+    """
 
     image_shape: tuple[int, int, int]
     modulation: str = "16qam"
@@ -159,9 +164,10 @@ class QAMLink:
 
     def code(self, params: Any, source: Source, snr_db: Float[ArrayLike, ""], energy: float | None) -> Code:
         """As in `Link`; the payload are the bits."""
-        bits = jax.vmap(lambda image: _to_bits(image, self.num_symbols * bits_per_symbol(self.modulation)))
+        length = self.num_symbols * bits_per_symbol(self.modulation)
+        bits = jax.vmap(lambda image: _to_bits(image, length) ^ _scrambling(length))(source.images)
         power = mean_power(self.num_symbols, energy)
-        return Code(bits(source.images), (), jnp.float32(self.num_symbols), power, jnp.ones(self.num_blocks))
+        return Code(bits, (), jnp.float32(self.num_symbols), power, jnp.ones(self.num_blocks))
 
     def transmit(self, params, key, payload, shared, gains, power, noise_var) -> Bool[Array, " n"]:
         """As in `Link`: hard decisions on zero-forced symbols."""
@@ -171,7 +177,11 @@ class QAMLink:
 
     def decode(self, params: Any, received: Bool[Array, "n s"], shared: PyTree) -> Float[Array, "n H W 3"]:
         """As in `Link`."""
-        return jax.vmap(lambda bits: _from_bits(bits, self.image_shape))(received)
+        return jax.vmap(lambda bits: _from_bits(bits ^ _scrambling(bits.shape[0]), self.image_shape))(received)
+
+
+def _scrambling(length: int) -> Bool[np.ndarray, " s"]:
+    return np.random.default_rng(0).random(length) < 0.5
 
 
 def _to_bits(image: Float[Array, "H W 3"], length: int) -> Bool[Array, " s"]:
@@ -209,10 +219,12 @@ class SplitConstants(NamedTuple):
 class SplitLink:
     """A latent whose channel noise counts as diffusion noise, which the device's own denoising steps remove.
 
-    All symbols are spread over all blocks by a fixed unitary, the DFT of the symbols with fixed random signs, which
-    also give every block the same mean power although latents are correlated. After LMMSE reception and de-spreading
-    the error is eps = mean_t 1 / (1 + gamma_t) everywhere, hence the SNR gamma = 1 / eps - 1. `level` is the noise
-    level alpha-bar that the server stopped at, 1 when it finished. The device starts `device_steps` steps at
+    All symbols are spread over all blocks by a unitary, the DFT of the symbols with random signs. Both ends draw the
+    signs from the transmission's key: whatever the latents' correlation, every block then has the same mean power, and
+    what the blocks' different SNRs make of the other symbols is noise of zero mean. After LMMSE reception and
+    de-spreading the error is eps = mean_t 1 / (1 + gamma_t) everywhere, each block weighted by its symbols, hence the
+    SNR gamma = 1 / eps - 1. `level` is the noise level alpha-bar that the server stopped at, 1 when it finished. The
+    device starts `device_steps` steps at
 
       alpha-bar' = alpha-bar / (1 + v / gamma), v = alpha-bar c^2 + 1 - alpha-bar,
 
@@ -242,21 +254,24 @@ class SplitLink:
         return np.sqrt(self.level) * params.mean, self.level * params.variance + 1 - self.level
 
     def code(self, params: SplitConstants, source: Source, snr_db: Float[ArrayLike, ""], energy: float | None) -> Code:
-        """As in `Link`; the payload are the spread symbols."""
+        """As in `Link`; the payload are the latents at zero mean and unit variance, not yet spread."""
         mean, variance = self._moments(params)
         values = (source.partial - mean[None, None, None]) / jnp.sqrt(variance)
-        spread = jax.vmap(lambda v: self._spread(v.reshape(-1)))(values)
         power = mean_power(self.num_symbols, energy)
-        return Code(spread, (), jnp.float32(self.num_symbols), power, jnp.ones(self.num_blocks))
+        payload = values.reshape(len(values), -1)
+        return Code(payload, (), jnp.float32(self.num_symbols), power, jnp.ones(self.num_blocks))
 
     def transmit(self, params, key, payload, shared, gains, power, noise_var) -> Noisy:
         """As in `Link`."""
-        received = transmit(key, to_blocks(payload, self.num_blocks), gains, power, noise_var)
+        signs = jax.random.rademacher(jax.random.fold_in(key, 1), (self.num_symbols,), jnp.float32)
+        received = transmit(key, to_blocks(spread(payload, signs), self.num_blocks), gains, power, noise_var)
         estimate = from_blocks(equalize_lmmse(received, gains, power, noise_var), self.num_symbols)
-        error = jnp.mean(1 / (1 + post_equalisation_snr(gains, power, noise_var)))
+        shares = jnp.asarray(symbols_per_block(self.num_symbols, self.num_blocks) / self.num_symbols, jnp.float32)
+        error = jnp.sum(shares / (1 + post_equalisation_snr(gains, power, noise_var)))
         snr = jnp.maximum(1 / error - 1, 1e-6)
         mean, variance = self._moments(params)
-        unbiased = (1 + snr) / snr * self._despread(estimate).reshape(self.latent_shape)
+        values = despread(estimate, signs, int(np.prod(self.latent_shape))).reshape(self.latent_shape)
+        unbiased = (1 + snr) / snr * values
         noisy = mean[None, None] + jnp.sqrt(variance) * unbiased
         alpha_bar = self.level / (1 + variance / snr)
         return Noisy(jnp.sqrt(alpha_bar / self.level) * noisy, alpha_bar)
@@ -265,15 +280,14 @@ class SplitLink:
         """As in `Link`: nothing is left to decode before the device denoises."""
         return received
 
-    def _signs(self) -> np.ndarray:
-        return np.where(np.random.default_rng(0).random(self.num_symbols) < 0.5, -1, 1).astype(np.float32)
 
-    def _spread(self, values: Float[Array, " n"]) -> Complex[Array, " k"]:
-        pairs = jnp.pad(values, (0, values.shape[0] % 2)).reshape(-1, 2) / np.float32(np.sqrt(2))
-        symbols = jax.lax.complex(pairs[:, 0], pairs[:, 1])
-        return jnp.fft.fft(self._signs() * symbols, norm="ortho").astype(jnp.complex64)
+def spread(values: Float[Array, " n"], signs: Float[Array, " k"]) -> Complex[Array, " k"]:
+    """Symbols, two values each, with these signs and then through the unitary DFT; an odd n is padded with a zero."""
+    pairs = jnp.pad(values, (0, values.shape[0] % 2)).reshape(-1, 2) / np.float32(np.sqrt(2))
+    return jnp.fft.fft(signs * jax.lax.complex(pairs[:, 0], pairs[:, 1]), norm="ortho")
 
-    def _despread(self, symbols: Complex[Array, " k"]) -> Float[Array, " n"]:
-        plain = self._signs() * jnp.fft.ifft(symbols, norm="ortho")
-        values = np.float32(np.sqrt(2)) * jnp.stack([plain.real, plain.imag], -1).reshape(-1)
-        return values[: int(np.prod(self.latent_shape))]
+
+def despread(symbols: Complex[Array, " k"], signs: Float[Array, " k"], num_values: int) -> Float[Array, " n"]:
+    """The inverse of `spread`."""
+    plain = signs * jnp.fft.ifft(symbols, norm="ortho")
+    return (np.float32(np.sqrt(2)) * jnp.stack([plain.real, plain.imag], -1)).reshape(-1)[:num_values]

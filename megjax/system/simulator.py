@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Complex, Float, Int, Key, PyTree
+from jaxtyping import Array, ArrayLike, Complex, Float, Int, Integer, Key, PyTree
 
 from megjax.channel import symbols_per_block
 from megjax.channel.numerics import squared_magnitude
@@ -41,7 +41,7 @@ class BlockWeights(NamedTuple):
 class Delivery(NamedTuple):
     """What r realisations of the link bring of b images."""
 
-    images: Float[Array, "b r H W 3"]
+    images: Float[Array, "b r H W 3"] | None
     latents: Float[Array, "b r h w c"] | None
     """Received latents as the device decodes them; None where pixels are sent."""
     gains: Complex[Array, "b r t"]
@@ -147,8 +147,8 @@ class Simulator:
         source: Source,
         ids: Int[ArrayLike, "b l"] | None,
         snr_db: Float[ArrayLike, ""],
-        images: Int[ArrayLike, " b"],
-        realisations: Int[ArrayLike, " r"],
+        images: Integer[ArrayLike, " b"],
+        realisations: Integer[ArrayLike, " r"],
         *,
         negative_ids: Int[ArrayLike, "b l"] | None = None,
         guidance_scale: Float[ArrayLike, ""] = 3.0,
