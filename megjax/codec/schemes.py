@@ -158,9 +158,10 @@ class RawScheme:
 
 
 def realisation_keys(key: Key[Array, ""], images: ArrayLike, realisation: ArrayLike = 0) -> Key[Array, " b"]:
-    """Keys of one realisation for the images of these numbers [b], which depend on nothing else."""
-    one = lambda i: jax.random.fold_in(jax.random.fold_in(key, i), realisation)  # noqa: E731
-    return jax.vmap(one)(jnp.asarray(images))
+    """Keys of one realisation, or of one each [b], for the images of these numbers [b]; they depend on nothing else."""
+    images = jnp.asarray(images)
+    one = lambda i, r: jax.random.fold_in(jax.random.fold_in(key, i), r)  # noqa: E731
+    return jax.vmap(one)(images, jnp.broadcast_to(jnp.asarray(realisation), images.shape))
 
 
 def draw_gains(keys: Key[Array, " b"], fading: Fading, num_blocks: int) -> Array:

@@ -13,7 +13,7 @@ from megjax.configs import require
 from megjax.power import LearnedPower
 from megjax.sweep.bench import Bench, make_bench
 from megjax.sweep.config import Point, SweepConfig, find_fading, find_policy, object_digest, part_digest
-from megjax.sweep.store import Store
+from megjax.sweep.store import Store, source_name
 from megjax.sweep.summary import summarise
 from megjax.units import linear_to_db
 
@@ -48,7 +48,7 @@ def run_sweep(
     benches, digests = {}, {}
     for model in config.models:
         for seed in config.seeds:
-            benches[model, seed], digests[f"{model}-{seed}"] = make_bench(config, model, seed, latents, batch)
+            benches[model, seed], digests[source_name(model, seed)] = make_bench(config, model, seed, latents, batch)
     store = Store(folder, {**config.shared(), "sources": digests})
     store.open()
     asked = config.points()

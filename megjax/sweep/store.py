@@ -20,7 +20,11 @@ NEEDED = ("scheme", "n", "energy", "num_symbols")
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """The results folder of one sweep; `identity` is what all of its points share, digests of models included."""
+    """The results folder of one sweep.
+
+    `identity` is what all of its points share; its `sources` are the digests of each model and seed, by
+    `source_name`, that points of theirs share.
+    """
 
     folder: Path
     identity: dict[str, Any]
@@ -36,10 +40,12 @@ class Store:
         if path.exists():
             found = read_json(path)
             require(found.get("format") == FORMAT, f"{path}: format", found.get("format"), repr(FORMAT))
-            other = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-            if other:
-                changes = "; ".join(f"{name} {found.get(name)!r} there, {wanted.get(name)!r} here" for name in other)
+            if changes := "; ".join(_changes(found, wanted)):
                 raise ValueError(f"{self.folder} holds points of another sweep ({changes}); choose another folder")
+            known = found.get("sources", {})
+            if wanted.get("sources", {}).keys() - known.keys():
+                grown = {**found, "sources": {**known, **wanted["sources"]}}
+                self._guarded(path, lambda part: write_json(path, grown))
         elif any((self.folder / POINTS).glob("*.parquet")):
             raise ValueError(f"{self.folder} holds points but no {SETTINGS}; choose another folder")
         else:
@@ -47,7 +53,9 @@ class Store:
 
     def path(self, point: Point, about: dict[str, Any]) -> Path:
         """File of a point, whose name depends on everything that its numbers depend on."""
-        mark = digest({"point": dataclasses.asdict(point), **about, **self.identity})[:16]
+        name = source_name(point.model, point.seed)
+        shared = {**self.identity, "sources": {name: self.identity["sources"][name]}}
+        mark = digest({"point": dataclasses.asdict(point), **about, **shared})[:16]
         return self.folder / POINTS / f"{point.scheme}-{point.snr_db:g}dB-{mark}.parquet"
 
     def read(self, path: Path) -> dict[str, Any] | None:
@@ -89,3 +97,23 @@ class Store:
             part.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise ValueError(f"{path} cannot be written: {reason}; finished points are kept") from None
+
+
+def source_name(model: str, seed: int) -> str:
+    """A model and a seed as one name."""
+    return f"{model}-{seed}"
+
+
+def _changes(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What differs between two identities, in words; a model or seed that only one of them has does not count."""
+    names = sorted((found.keys() | wanted.keys()) - {"sources"})
+    rows = [(name, found.get(name), wanted.get(name)) for name in names]
+    old, new = found.get("sources", {}), wanted.get("sources", {})
+    for name in sorted(old.keys() & new.keys()):
+        parts = sorted(old[name].keys() | new[name].keys())
+        rows += [(f"{part} of {name}", _short(old[name].get(part)), _short(new[name].get(part))) for part in parts]
+    return [f"{name} {before!r} there, {after!r} here" for name, before, after in rows if before != after]
+
+
+def _short(mark: str | None) -> str | None:
+    return None if mark is None else mark[:12]

@@ -189,7 +189,10 @@ class Simulator:
 
     def _over_the_air(self, key, params, code: Code, snr_db, images, realisations):
         """CSI, power allocation and transmission: what is received [b r ...], gains and absolute power [b r t]."""
-        keys = jax.vmap(lambda r: realisation_keys(key, images, r), out_axes=1)(jnp.asarray(realisations))
+        images, realisations = jnp.asarray(images), jnp.asarray(realisations)
+        size = images.shape[0], realisations.shape[0]
+        flat = jnp.repeat(images, size[1]), jnp.tile(realisations, size[0])
+        keys = realisation_keys(key, *flat).reshape(size)
         noise_var = noise_var_from_snr_db(snr_db)
 
         def one(key, payload, mean_power):
