@@ -39,7 +39,9 @@ PRESETS = {
     "split": SweepConfig(
         schemes=("split", "latent", "latent-wiener", "seed"),
         snr_db=(-5.0, 0.0, 5.0),
+        server_steps=(0, 20),
         modes=("equal_energy",),
+        num_images=1000,
         realisations=1,
     ),
 }
@@ -48,7 +50,7 @@ QUICK = {
     "images": {"num_images": 100, "realisations": 2, "snr_db": (-10.0, 0.0, 10.0)},
     "latents": {"num_images": 200, "realisations": 10, "snr_db": (-10.0, 0.0, 10.0)},
     "policies": {"num_images": 100},
-    "split": {"num_images": 100, "snr_db": (-5.0, 5.0), "device_steps": (1, 5)},
+    "split": {"num_images": 100, "snr_db": (-5.0, 5.0), "device_steps": (1, 5), "server_steps": (0,)},
 }
 """What is smaller in the same sweeps when time is short."""
 

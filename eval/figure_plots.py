@@ -1,0 +1,174 @@
+"""Pictures of sweeps: quality over SNR, grids of received images, rate and distortion, policies, split."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from megjax.units import linear_to_db
+
+TITLES = {
+    "seed": "seed, r = 4",
+    "seed-klt": "KLT",
+    "opta": "Gaussian limit",
+    "latent": "latent",
+    "latent-wiener": "latent, Wiener receiver",
+    "centralized": "centralized, analog",
+    "centralized-coded": "centralized, coded",
+    "centralized-qam": "centralized, 16-QAM",
+    "split": "split",
+}
+COLOURS = {name: f"C{i}" for i, name in enumerate(TITLES)}
+MODES = {"equal_energy": "equal energy per image", "equal_power": "equal power per symbol"}
+DPI = 110
+
+
+def save(figure, path: Path) -> None:
+    """Write a picture in one step."""
+    part = path.with_suffix(".part")
+    figure.savefig(part, dpi=DPI, format="png")
+    plt.close(figure)
+    part.replace(path)
+
+
+def _line(axis, rows: pd.DataFrame, x: str, y: str, label: str, colour: str, style: str = "-") -> None:
+    """A line with its 95 % band."""
+    rows = rows.sort_values(x)
+    axis.plot(rows[x], rows[y], style, marker="o", markersize=3, label=label, color=colour)
+    axis.fill_between(rows[x], rows[f"{y}_low"], rows[f"{y}_high"], color=colour, alpha=0.2, linewidth=0)
+
+
+def quality(frame: pd.DataFrame, path: Path) -> None:
+    """Image PSNR, Frechet distance and caption accuracy over SNR, by scheme and mode."""
+    columns = [("psnr_db", "image PSNR (dB)"), ("frechet", "SceneNet Frechet distance")]
+    columns += [("caption_accuracy", "caption accuracy")]
+    columns = [(name, title) for name, title in columns if name in frame and frame[name].notna().any()]
+    size = (4.4 * len(columns), 7.0)
+    figure, axes = plt.subplots(2, len(columns), figsize=size, layout="constrained", squeeze=False, sharex=True)
+    for row, (mode, title) in enumerate(MODES.items()):
+        here = frame[frame["mode"] == mode]
+        for column, (name, label) in enumerate(columns):
+            axis = axes[row, column]
+            for scheme, rows in here.groupby("scheme", sort=False):
+                _line(axis, rows, "snr_db", name, TITLES[scheme], COLOURS[scheme])
+            axis.set(ylabel=label, title=title, xlabel="SNR (dB)")
+            axis.grid(alpha=0.3)
+            if name == "frechet":
+                axis.set_yscale("log")
+    axes[0, 0].legend(fontsize=8)
+    save(figure, path)
+
+
+def pictures(points: list[dict[str, Any]], path: Path, mode: str = "equal_energy", caption: int = 0) -> None:
+    """One caption as every scheme brings it at every SNR; the server's own picture first."""
+    kept = {}
+    for point in points:
+        same = point["scheme"] in ("latent", "latent-wiener") or point["mode"] == mode
+        if same and point.get("pictures"):
+            kept[point["scheme"], point["snr_db"]] = point
+    if not kept:
+        return
+    schemes = [name for name in TITLES if any(scheme == name for scheme, _ in kept)]
+    levels = sorted({level for _, level in kept})
+    first = next(iter(kept.values()))
+    caption = min(caption, len(first["captions"]) - 1)
+    size = (1.45 * (len(levels) + 1) + 1.3, 1.5 * len(schemes) + 0.6)
+    figure, axes = plt.subplots(len(schemes), len(levels) + 1, figsize=size, squeeze=False, layout="constrained")
+    for row, scheme in enumerate(schemes):
+        shown = [first["server_pictures"][caption]]
+        shown += [kept[scheme, level]["pictures"][caption] if (scheme, level) in kept else None for level in levels]
+        for column, (axis, data) in enumerate(zip(axes[row], shown, strict=True)):
+            axis.set(xticks=[], yticks=[])
+            for side in axis.spines.values():
+                side.set_visible(False)
+            if data is not None:
+                axis.imshow(plt.imread(io.BytesIO(data)), interpolation="nearest")
+            if row == 0:
+                axis.set_title("server" if column == 0 else f"{levels[column - 1]:g} dB", fontsize=9)
+        axes[row, 0].set_ylabel(TITLES[scheme].replace(", ", ",\n"), fontsize=8)
+    figure.suptitle(f"{first['captions'][caption]} ({MODES[mode]})", fontsize=8)
+    save(figure, path)
+
+
+def rate_distortion(frame: pd.DataFrame, path: Path) -> None:
+    """NMSE of received latents over the number of symbols, by SNR: seed, KLT, raw latent, Gaussian limit."""
+    levels = sorted(frame.snr_db.unique())
+    shown = [levels[i] for i in sorted({0, len(levels) // 2, len(levels) - 1})]
+    size = (4.2 * len(shown), 3.8)
+    figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
+    for axis, level in zip(axes[0], shown, strict=True):
+        here = frame[(frame.snr_db == level) & (frame["mode"] == "equal_energy")].copy()
+        for column in ("nmse", "nmse_low", "nmse_high"):
+            here[column] = np.asarray(linear_to_db(here[column].to_numpy()))
+        for scheme, rows in here.groupby("scheme", sort=False):
+            name = "seed" if scheme == "seed" else TITLES[scheme]
+            _line(axis, rows, "num_symbols", "nmse", name, COLOURS[scheme], "--" if scheme == "opta" else "-")
+        axis.set(xscale="log", xlabel="symbols per image", ylabel="latent NMSE (dB)", title=f"{level:g} dB")
+        axis.set_xticks(sorted(here.num_symbols.unique()), [f"{x:.0f}" for x in sorted(here.num_symbols.unique())])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    save(figure, path)
+
+
+def learning(frame: pd.DataFrame, path: Path) -> None:
+    """Return of PPO's training episodes over updates, with the lines of policies that it stands between."""
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    lines = frame[frame["update"] == 0]
+    for i, (name, rows) in enumerate(frame[frame["update"] > 0].groupby("run", sort=False)):
+        smooth = rows["return"].rolling(5, min_periods=1, center=True).mean()
+        axis.plot(rows["update"], smooth, color=f"C{i}", linewidth=1, label=f"PPO, {name}")
+    for name, style in {"equal": ":", "dp": "-", "clairvoyant": "--"}.items():
+        value = lines[lines.run == name]["return"].iloc[0]
+        axis.axhline(value, color="k", linestyle=style, linewidth=1, label=name)
+    axis.set(xlabel="update", ylabel="return, all training SNRs, exploring")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    save(figure, path)
+
+
+def power_map(frame: pd.DataFrame, path: Path) -> None:
+    """Power of the middle block over gain and energy left: causal optimum and PPO."""
+    levels, policies = sorted(frame.snr_db.unique()), list(frame.policy.unique())
+    size = (4.0 * len(levels), 3.2 * len(policies))
+    figure, axes = plt.subplots(len(policies), len(levels), figsize=size, layout="constrained", squeeze=False)
+    for column, level in enumerate(levels):
+        here = frame[frame.snr_db == level]
+        top = here[here.policy == policies[0]].power.quantile(0.97)
+        for row, policy in enumerate(policies):
+            grid = here[here.policy == policy].pivot(index="energy_left", columns="gain", values="power")
+            axis = axes[row, column]
+            mesh = axis.pcolormesh(grid.columns, grid.index, grid.to_numpy(), vmin=0, vmax=top, shading="auto")
+            name = {"dp": "causal optimum", "ppo": "PPO"}.get(policy, policy)
+            axis.set(xscale="log", xlabel="gain $|h|^2$", ylabel="energy left / blocks left")
+            axis.set_title(f"{name}, {level:g} dB")
+            figure.colorbar(mesh, ax=axis, label="power")
+    save(figure, path)
+
+
+def split(frame: pd.DataFrame, path: Path) -> None:
+    """Quality of `split` over the device's steps, with decoding directly as level lines, by SNR."""
+    columns = [("psnr_db", "image PSNR (dB)"), ("frechet", "SceneNet Frechet distance")]
+    columns += [("caption_accuracy", "caption accuracy")]
+    columns = [(name, title) for name, title in columns if name in frame and frame[name].notna().any()]
+    levels = sorted(frame.snr_db.unique())
+    size = (4.2 * len(columns), 3.3 * len(levels))
+    figure, axes = plt.subplots(len(levels), len(columns), figsize=size, layout="constrained", squeeze=False)
+    for row, level in enumerate(levels):
+        for column, (name, label) in enumerate(columns):
+            axis, here = axes[row, column], frame[frame.snr_db == level]
+            for i, (steps, rows) in enumerate(here[here.scheme == "split"].groupby("server_steps")):
+                title = "refines the finished latent" if steps == 0 else f"after {steps} server steps"
+                _line(axis, rows, "device_steps", name, f"split, {title}", f"C{i}")
+            for i, (scheme, rows) in enumerate(here[here.scheme != "split"].groupby("scheme", sort=False)):
+                axis.axhline(rows[name].iloc[0], color=f"C{i + 4}", linestyle="--", label=f"{TITLES[scheme]}, decoded")
+            axis.set(xlabel="denoising steps at the device", ylabel=label, title=f"{level:g} dB")
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
+    save(figure, path)

@@ -1,0 +1,237 @@
+"""The page of results: claims with intervals, tables and pictures, from sweeps."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from eval.figure_plots import MODES, TITLES
+from megjax.metrics import bootstrap_interval
+from megjax.units import linear_to_db
+
+RIVALS = ("latent", "latent-wiener", "centralized", "centralized-coded", "centralized-qam")
+Row = dict[str, Any]
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Lines of a Markdown table."""
+    header = list(header)
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def interval(mean: float, low: float, high: float, form: str) -> str:
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def find(points: list[Row], scheme: str, mode: str, snr_db: float, **more: Any) -> Row | None:
+    """The point of a scheme; where equal energy and equal power are the same it is kept under the latter."""
+    for point in points:
+        same = point["scheme"] == scheme and point["snr_db"] == snr_db
+        same &= point["mode"] == mode or scheme in ("latent", "latent-wiener", "split")
+        if same and all(point[name] == value for name, value in more.items()):
+            return point
+    return None
+
+
+def difference(a: Row, b: Row, metric: str = "psnr_db") -> tuple[float, float, float]:
+    """Mean of a - b over images, paired, and its 95 % bootstrap interval."""
+    gain = np.asarray(a[f"{metric}_values"], np.float64) - np.asarray(b[f"{metric}_values"], np.float64)
+    return float(gain.mean()), *bootstrap_interval(gain)
+
+
+def separate(a: Row, b: Row) -> tuple[float, float, float]:
+    """Frechet distance of b less that of a, errors taken for independent: the interval is too wide, if anything."""
+    gain = b["frechet"] - a["frechet"]
+    half = np.hypot(a["frechet_high"] - a["frechet"], b["frechet_high"] - b["frechet"])
+    return gain, gain - half, gain + half
+
+
+def claim(points: list[Row], mode: str, levels: list[float], rival: str, how) -> list[str]:
+    """Gains of the seed over a rival by SNR; bold where the interval lies above zero."""
+    cells = []
+    for level in levels:
+        a, b = find(points, "seed", mode, level), find(points, rival, mode, level)
+        if a is None or b is None:
+            cells.append("-")
+            continue
+        gain, low, high = how(a, b)
+        text = interval(gain, low, high, "+.2f" if how is difference else "+.0f")
+        cells.append(f"**{text}**" if low > 0 else text)
+    return cells
+
+
+def quality(frame: pd.DataFrame, points: list[Row]) -> list[str]:
+    """Tables of image quality by mode, and the seed's gains over its rivals."""
+    levels, lines = sorted(frame.snr_db.unique()), []
+    n, images = int(frame.n.iloc[0]), int(frame.images.iloc[0])
+    for mode, title in MODES.items():
+        lines += [f"### Quality at {title}", ""]
+        here = frame[frame["mode"] == mode]
+        metrics = [("psnr_db", "PSNR (dB)", ".2f"), ("ssim", "SSIM", ".3f"), ("frechet", "Frechet distance", ".1f")]
+        metrics += [("caption_accuracy", "caption accuracy", ".3f")]
+        for name, label, form in metrics:
+            if name not in here or not here[name].notna().any():
+                continue
+            rows = []
+            for scheme, group in here.groupby("scheme", sort=False):
+                by_level = group.set_index("snr_db")
+                cells = [by_level.loc[level] for level in levels]
+                values = (interval(c[name], c[f"{name}_low"], c[f"{name}_high"], form) for c in cells)
+                rows.append([TITLES[scheme], *values])
+            lines += [f"{label}, n = {n:,} ({images:,} images):", ""]
+            lines += [table(["scheme", *(f"{level:g} dB" for level in levels)], rows)]
+        for label, how in (("PSNR of the seed less that of", difference), ("Frechet distance of", separate)):
+            if how is separate and ("frechet" not in here or not here.frechet.notna().any()):
+                continue
+            rows = [[TITLES[rival], *claim(points, mode, levels, rival, how)] for rival in RIVALS]
+            suffix = "a rival (dB, paired)" if how is difference else "a rival less that of the seed"
+            lines += [f"{label} {suffix}; bold: the seed is better, beyond the 95 % interval.", ""]
+            lines += [table(["rival", *(f"{level:g} dB" for level in levels)], rows)]
+    return lines
+
+
+def symbols(frame: pd.DataFrame) -> str:
+    """Symbols, power and energy by scheme and mode."""
+    rows = []
+    for (scheme, mode), group in frame.groupby(["scheme", "mode"], sort=False):
+        low, high = group.num_symbols.min(), group.num_symbols.max()
+        count = f"{low:,.0f}" if round(low) == round(high) else f"{low:,.0f} to {high:,.0f}"
+        rows.append(
+            [TITLES[scheme], MODES[mode], count, f"{group.mean_power.mean():.4g}", f"{group.energy.mean():,.1f}"]
+        )
+    return table(["scheme", "mode", "symbols K", "mean power P", "energy per image"], rows)
+
+
+def costs(frame: pd.DataFrame) -> str:
+    """Costs and latency at equal power."""
+    rows = []
+    for row in frame.itertuples():
+        cells = [row.scheme, f"{row.num_symbols:,.0f}", f"{row.bandwidth_ratio:.4f}", f"{1e3 * row.airtime_s:.3f}"]
+        cells += [f"{1e6 * row.energy_j:,.1f}", f"{row.server_flops / 1e9:.2f}", f"{row.device_flops / 1e9:.2f}"]
+        rows.append([*cells, f"{1e3 * row.latency_s:.2f}"])
+    header = [
+        "scheme",
+        "K",
+        "K / 3HW",
+        "airtime (ms)",
+        "energy (uJ)",
+        "server (GFLOP)",
+        "device (GFLOP)",
+        "latency (ms)",
+    ]
+    return table(header, rows)
+
+
+def policies(points: list[Row]) -> str:
+    """Image PSNR by policy, and paired gains over equal power and over the codec's own load."""
+    rows, levels = [], sorted({point["snr_db"] for point in points})
+    names = list(dict.fromkeys(point["policy"] for point in points))
+    order = [name for name in ("equal", "static", "codec", "dp", "ppo") if name in names]
+    for level in levels:
+        by_name = {point["policy"]: point for point in points if point["snr_db"] == level}
+        for name in order:
+            one = by_name[name]
+            cells = [f"{name}, {level:g} dB", interval(one["psnr_db"], one["psnr_db_low"], one["psnr_db_high"], ".2f")]
+            cells += [interval(*difference(one, by_name[other]), "+.2f") for other in ("equal", "static", "codec")]
+            rows.append(cells)
+    return table(["policy", "PSNR (dB)", "over equal", "over static", "over codec"], rows)
+
+
+def distortion(frame: pd.DataFrame) -> str:
+    """NMSE in dB at equal energy by scheme and rate."""
+    levels, rows = sorted(frame.snr_db.unique()), []
+    for (scheme, rate), group in frame.groupby(["scheme", "rate"], sort=False):
+        values = group.set_index("snr_db")
+        name = "seed" if scheme == "seed" else TITLES[scheme]
+        label = name if scheme == "latent" else f"{name}, r = {rate:g}"
+        decibels = lambda row: [float(linear_to_db(row[c])) for c in ("nmse", "nmse_low", "nmse_high")]  # noqa: E731
+        rows.append([label, *(interval(*decibels(values.loc[level]), ".2f") for level in levels)])
+    return table(["scheme", *(f"{level:g} dB" for level in levels)], rows)
+
+
+def split(frame: pd.DataFrame) -> str:
+    """Quality of `split` and of decoding directly."""
+    rows = []
+    for level in sorted(frame.snr_db.unique()):
+        for row in frame[frame.snr_db == level].to_dict("records"):
+            name = TITLES[row["scheme"]] + ", decoded"
+            if row["scheme"] == "split":
+                server = "all" if row["server_steps"] == 0 else str(row["server_steps"])
+                name = f"split, server {server}, device {row['device_steps']}"
+            cells = [f"{name}, {level:g} dB", interval(row["psnr_db"], row["psnr_db_low"], row["psnr_db_high"], ".2f")]
+            for metric, form in (("frechet", ".1f"), ("caption_accuracy", ".3f")):
+                known = metric in row and pd.notna(row[metric])
+                ends = (row[metric], row[f"{metric}_low"], row[f"{metric}_high"]) if known else ()
+                cells.append(interval(*ends, form) if known else "-")
+            rows.append(cells)
+    return table(["scheme", "PSNR (dB)", "Frechet distance", "caption accuracy"], rows)
+
+
+def page(results: dict[str, pd.DataFrame], points: dict[str, list[Row]], cost_table: pd.DataFrame) -> str:
+    """results.md."""
+    images, latents, two = results["images"], results["latents"], cost_table.iloc[0]
+    sizes = {
+        name: f"{int(f.images.iloc[0]):,} images x {int(f.n.iloc[0] // f.images.iloc[0])}"
+        for name, f in results.items()
+    }
+    notes = images.iloc[-1]
+    lines = [
+        "# Results",
+        "",
+        "Made by `make figures`: every number and picture is read from sweeps by `eval/figures.py`. Bundled model",
+        "`scenes` (64x64), held-out captions, Rayleigh fading over 16 blocks, SNR is 1 / noise variance. Brackets are",
+        "95 % intervals, bootstrapped over images. PSNR is against the server's own image; Frechet distance is to",
+        "renders of the same captions in SceneNet features (not FID); caption accuracy is the share of stated",
+        "attributes that SceneNet finds. At equal energy every scheme radiates what the raw latent does at P = 1; at",
+        "equal power P = 1 for all.",
+        "",
+        f"Device {notes.device}, JAX {notes.jax}, Python {notes.python}, commit {notes.commit}. Images x realisations:",
+        ", ".join(f"{name} {size}" for name, size in sizes.items()) + ".",
+        "",
+        "## Schemes",
+        "",
+        "![Quality over SNR by scheme](results-quality.png)",
+        "",
+        "![One caption under every scheme and SNR](results-pictures.png)",
+        "",
+        *quality(images, points["images"]),
+        "### Symbols and energy",
+        "",
+        "Energy in units of one symbol at power 1. The coded image has as many symbols as its file needs.",
+        "",
+        symbols(images),
+        "### Costs and latency",
+        "",
+        f"One image at P = 1: bandwidth {two.bandwidth_hz / 1e6:g} MHz, {two.transmit_power_w:g} W, server"
+        f" {two.server_flops_per_s / 1e12:g} TFLOP/s, device {two.device_flops_per_s / 1e12:g} TFLOP/s, {two.steps}"
+        " server steps unless the row says otherwise. Operations are XLA's counts of the compiled stages.",
+        "",
+        costs(cost_table),
+        "## Codec: rate and distortion",
+        "",
+        f"Latent NMSE (dB) at equal energy, {sizes['latents']} realisations.",
+        "",
+        "![NMSE over symbols](results-codec.png)",
+        "",
+        distortion(latents),
+        "## Power control",
+        "",
+        f"Image PSNR of the seed (r = 4, ordered blocks, P = 1), {sizes['policies']} realisation, paired differences.",
+        "",
+        policies(points["policies"]),
+        "![PPO while it learns, with the causal optimum](results-learning.png)",
+        "",
+        "![Power over gain and energy left](results-power.png)",
+        "",
+        "## Split: denoising at the device",
+        "",
+        f"K = 128 symbols, equal energy, {sizes['split']} realisation. `server all`: the finished latent is sent",
+        "and the device refines it; `server 20`: the latent after 20 of 25 steps is sent and the device finishes it.",
+        "",
+        "![Quality over device steps](results-split.png)",
+        "",
+        split(results["split"]),
+    ]
+    return "\n".join(lines)
