@@ -119,8 +119,9 @@ class Bench:
     @functools.cached_property
     def images(self) -> np.ndarray:
         """The server's images."""
-        parts = range(0, len(self.latents), self.batch)
-        return np.concatenate([np.asarray(self.pipe.decode(self.latents[i : i + self.batch])) for i in parts])
+        latents, size = jnp.asarray(self.latents), self.batch
+        parts = [self.pipe.decode(latents[i : i + size]) for i in range(0, len(latents), size)]
+        return np.concatenate([np.asarray(part) for part in parts])
 
     @functools.cached_property
     def total_variance(self) -> float:
