@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 
-.PHONY: install peers demo channel codec power benchmark aot quality test test-slow lint format clean
+.PHONY: install peers demo channel codec power figures benchmark aot quality test test-slow lint format clean
 
 # Everything: the library, what tests and linting need, and the tools of the README.
 install: .venv/test.stamp
@@ -65,6 +65,17 @@ power: .venv/run.stamp
 	cp outputs/power/policies.png docs/power-policies.png
 	cp outputs/power/map.png docs/power-map.png
 	cp outputs/power/learning.png docs/power-learning.png
+
+# Every figure and table of docs/results.md: sweeps that resume, costs, a PPO run. QUICK=1 is a small version in minutes,
+# in outputs/quick.
+FIGURES := $(if $(QUICK),outputs/quick,outputs/sweeps)
+figures: export OPENBLAS_NUM_THREADS ?= 1
+figures: .venv/run.stamp
+	$(BIN)/python -m eval.sweep --preset all --output $(FIGURES) $(if $(QUICK),--quick)
+	$(BIN)/python -m eval.costs --output $(FIGURES)/costs
+	$(BIN)/python -m train.power --weights equal $(if $(QUICK),--updates 60 --folder $(FIGURES)/power-equal-rayleigh-0)
+	$(BIN)/python -m eval.power_tables --output $(FIGURES)/power $(if $(QUICK),--runs $(FIGURES))
+	$(BIN)/python -m eval.figures --sweeps $(FIGURES) --output $(if $(QUICK),$(FIGURES),docs)
 
 # Speed of every stage on this machine; `make peers` first to see other software beside it.
 benchmark: .venv/run.stamp

@@ -10,10 +10,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from eval.measure import ROOT, environment
-from eval.stages import channel, codec, power
+from eval.measure import ROOT, environment, num_cores
+from eval.stages import channel, codec, power, system
 from megjax.configs import read_json, require, require_positive_integers, write_json, write_text
-from megjax.runtime import command
+from megjax.runtime import command, use_cpu_devices
 
 HEADER = """# Benchmarks
 
@@ -33,6 +33,9 @@ every environment and the same epochs over it, with networks, minibatches and co
 begin all episodes at once; the PureJaxRL-style loop steps an environment that has a new episode ready at every step, as
 gymnax's does, and in a second version is spared that. stable-baselines3 runs on one thread or on all, whichever is
 faster.
+
+Stage `system` takes latents through seed coding, fading, reception and the VAE, every latent over many realisations;
+the PyTorch link has the same weights. The loop calls the compiled program once a reception.
 """
 
 
@@ -40,9 +43,9 @@ faster.
 class Arguments:
     """What to measure and where the results go."""
 
-    stage: tyro.conf.Positional[Literal["channel", "codec", "power", "tables"]]
-    """"channel", "codec" (training of the seed codec), "power" (rollouts and PPO), or "tables": docs/benchmarks.md from
-    files under --folder."""
+    stage: tyro.conf.Positional[Literal["channel", "codec", "power", "system", "tables"]]
+    """"channel", "codec" (training of the seed codec), "power" (rollouts and PPO), "system" (images received
+    a second), or "tables": docs/benchmarks.md from files under --folder."""
     batches: tuple[int, ...] = (4_096, 65_536)
     """Realisations at a time; TDL and the ways to draw Gaussian numbers run at the smallest only. Rollouts of power."""
     preset: Literal["scenes", "tiny"] = "scenes"
@@ -53,6 +56,12 @@ class Arguments:
     """Environments of PPO (stage power)."""
     gap_updates: int = 150
     """Length of the training that is timed to 95 % of the gap to the causal optimum, 0 for none (stage power)."""
+    images: int = 8
+    """Images of the server (stage system)."""
+    realisations: int = 250
+    """Realisations of the link for each of them (stage system)."""
+    receptions: int = 40
+    """Receptions at a time (stage system)."""
     rounds: int = 9
     """Samples of each contender."""
     peers: bool = True
@@ -63,7 +72,8 @@ class Arguments:
 
 def run(args: Arguments) -> None:
     """Measure, print, save; ValueError on bad arguments, before any work."""
-    require_positive_integers(args, "arguments", ("batches", "rounds", "steps", "envs"))
+    sizes = ("batches", "rounds", "steps", "envs", "images", "realisations", "receptions")
+    require_positive_integers(args, "arguments", sizes)
     require(args.gap_updates >= 0, "--gap-updates", args.gap_updates, "0 or more")
     require(args.rounds >= 3, "--rounds", args.rounds, "3 or more")
     if args.stage == "tables":
@@ -80,6 +90,9 @@ def run(args: Arguments) -> None:
         fits = all(num % power.SHAPE["minibatches"] == 0 for num in args.envs)
         require(fits, "--envs", args.envs, f"multiples of {power.SHAPE['minibatches']}, the minibatches")
         rows, missing, notes = power.run(args.batches, args.envs, args.gap_updates, args.rounds, args.peers)
+    elif args.stage == "system":
+        sizes = args.images, args.realisations, args.receptions
+        rows, missing, notes = system.run(*sizes, args.rounds, args.peers)
     else:
         rows, missing, notes = codec.run(args.preset, args.steps, args.rounds, args.peers)
     result = {**about, "stage": args.stage, "rows": rows, "missing_peers": missing, "notes": notes}
@@ -107,7 +120,9 @@ def cells(row) -> list[str]:
 
 
 COLUMNS = ["implementation", "thousand realisations/s", "first call (s)", "GB/s written", "of copy"]
-LAYOUTS = {"channel": (COLUMNS, cells), "codec": (codec.COLUMNS, codec.cells), "power": (power.COLUMNS, power.cells)}
+LAYOUTS = {"channel": (COLUMNS, cells)} | {
+    name: (stage.COLUMNS, stage.cells) for name, stage in (("codec", codec), ("power", power), ("system", system))
+}
 
 
 def show(result: dict) -> None:
@@ -150,7 +165,13 @@ def write_tables(folder: Path, path: Path) -> None:
 
 
 def main() -> None:
-    command("eval.benchmark", lambda: run(tyro.cli(Arguments, description=__doc__)))
+    def body() -> None:
+        args = tyro.cli(Arguments, description=__doc__)
+        if args.stage == "system":
+            use_cpu_devices(num_cores())  # as eval.sweep does
+        run(args)
+
+    command("eval.benchmark", body)
 
 
 if __name__ == "__main__":
