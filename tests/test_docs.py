@@ -16,7 +16,11 @@ SNIPPETS = [
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/architecture.md", "docs/channel.md", "docs/codec.md", "docs/power.md"]
+    "page",
+    [
+        "README.md",
+        *(f"docs/{name}.md" for name in ("architecture", "channel", "codec", "power", "system", "tutorial")),
+    ],
 )
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
