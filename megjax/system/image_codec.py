@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from PIL import Image
 from megjax.channel import Fading
 from megjax.channel.numerics import squared_magnitude
 from megjax.configs import require
+from megjax.power.problem import check_num_blocks
 from megjax.system.links import Code, Source, mean_power
 from megjax.units import check_snr_db, db_to_linear, linear_to_db
 
@@ -84,7 +86,7 @@ def fit_image_codec(
     key: Key[Array, ""],
     images: Float[ArrayLike, "b H W 3"],
     fading: Fading,
-    snr_db: ArrayLike,
+    snr_db: Float[ArrayLike, "*g"] | Sequence[float],
     energy: float | None = None,
     num_blocks: int = 16,
     max_symbols: float | None = None,
@@ -97,10 +99,13 @@ def fit_image_codec(
     `images` are training images. R is one number for each SNR and quality, so an image of B bytes has
     K = ceil(8 B / R) symbols, whether it arrives or not; in outage the mean of `images` is shown. `energy` as in
     `Link.code`: at a given energy P depends on the image through K. For use outside jit. Raises ValueError for SNRs
-    that are not finite.
+    that are not finite, no images, fewer than one block, an energy that is not positive, or too few symbols.
     """
     levels = np.atleast_1d(check_snr_db(snr_db))
     images = np.asarray(images, np.float32)
+    require(images.ndim == 4 and len(images) > 0, "images' shape", images.shape, "[b H W 3], one image or more")
+    require(energy is None or 0 < energy < np.inf, "energy", energy, "positive and finite, or None for power 1")
+    check_num_blocks(num_blocks)
     mean_image = images.mean(0)
     lost = np.square(images - mean_image[None]).mean((1, 2, 3))
     outage = outage_table(key, fading, num_blocks)
@@ -147,12 +152,16 @@ class CodedImageLink:
     num_blocks: int = 16
     result: ClassVar[str] = "images"
 
+    def __post_init__(self):
+        check_num_blocks(self.num_blocks)
+
     def code(self, params: ImageCodecTable, source: Source, snr_db: Float[ArrayLike, ""], energy: float | None) -> Code:
         """As in `Link`; K and P are those of each image."""
         nearest = jnp.argmin(jnp.abs(params.snr_db - snr_db))
         rate, batch = params.rate[nearest], len(source.images)
         shapes = jax.ShapeDtypeStruct((batch,), jnp.float32), jax.ShapeDtypeStruct(source.images.shape, jnp.float32)
-        sizes, decoded = jax.pure_callback(_compress_choice, shapes, source.images, params.choice[nearest])
+        arguments = source.images, params.choice[nearest]
+        sizes, decoded = jax.pure_callback(_compress_choice, shapes, *arguments, vmap_method="sequential")
         count = jnp.ceil(8 * sizes / rate)
         return Code(decoded, rate, count, mean_power(count, energy), jnp.ones(self.num_blocks))
 

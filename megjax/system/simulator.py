@@ -17,6 +17,7 @@ from jaxtyping import Array, ArrayLike, Complex, Float, Int, Integer, Key, PyTre
 from megjax.channel import symbols_per_block
 from megjax.channel.numerics import squared_magnitude
 from megjax.codec.schemes import realisation_keys
+from megjax.configs import require
 from megjax.diffusion import generation
 from megjax.diffusion.generation import Graphs
 from megjax.diffusion.refine import refine
@@ -213,6 +214,7 @@ class Simulator:
             return decoded, None
         latents = decoded
         if self.link.result == "noisy":
+            require(ids is not None, "ids", ids, "given, as the device denoises for the same prompts")
             ids = jnp.asarray(ids)
             negative = self._negative(params, ids, negative_ids)
             features = generation.prompt_features(self.graphs, params, ids, negative)

@@ -1,0 +1,109 @@
+"""Simulators by name: what they refuse, and the moments and weights that they are made with."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from megjax.codec import SeedCodec, SeedCodecConfig
+from megjax.codec.fitting import initial_network
+from megjax.power import EqualPower
+from megjax.system import SourceStatistics, codec_statistics, latent_moments, make_simulator, measured_weights
+
+
+def test_moments_are_those_of_the_codecs_latents(codec, latents):
+    mean, std = latent_moments(codec, SourceStatistics())
+    np.testing.assert_allclose(mean, latents.mean((0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(std, latents.std((0, 1, 2)), rtol=1e-4)
+    statistics = SourceStatistics(latent_mean=(1.0, 2.0, 3.0, 4.0), latent_std=(0.5, 1.0, 2.0, 4.0))
+    mean, std = latent_moments(None, statistics)
+    np.testing.assert_array_equal([mean, std], [statistics.latent_mean, statistics.latent_std])
+
+
+def test_statistics_of_the_codec(codec, latents):
+    found = codec_statistics(codec)
+    flat = latents.reshape(len(latents), -1)
+    np.testing.assert_allclose(found.mean, flat.mean(0), atol=1e-5)
+    covariance = np.asarray(found.basis) * np.asarray(found.variances) @ np.asarray(found.basis).T
+    np.testing.assert_allclose(covariance, np.cov(flat.T, bias=True), atol=2e-3)
+
+
+def test_weights_of_the_blocks(codec, make):
+    way = make().link
+    found = measured_weights(codec, way, [-5.0, 5.0])
+    np.testing.assert_allclose(found.weights.mean(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(found.weights[1], codec.block_weights(16, 5.0, 16), rtol=1e-6)
+    assert found.weights[0, 0] > found.weights[0, -1]  # most important first
+    np.testing.assert_allclose(found.at(jnp.float32(0.0)), found.weights.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found.at(jnp.float32(60.0)), found.weights[1], rtol=1e-6)
+    np.testing.assert_array_equal(measured_weights(None, way, [0.0]).weights, np.ones((1, 16)))
+
+
+def test_equal_simulators_are_equal(make):
+    one, other = make(), make()
+    assert one == other and hash(one) == hash(other)
+    assert one != make(rate=1.0)
+    assert one != dataclasses.replace(one, peak_power=2.0)
+
+
+class Nothing:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"scheme": "pigeon"}, "scheme is 'pigeon'.*centralized"),
+        ({"variant": "qam"}, "variant of 'seed' is 'qam'.*learned"),
+        ({"mode": "equal"}, "mode is 'equal'.*equal_energy"),
+        ({"policy": "best"}, "policy is 'best'.*waterfilling"),
+        ({"policy": Nothing()}, "policy is <.*allocate"),
+        ({"fading": Nothing()}, "fading is <.*sample"),
+        ({"codec": Nothing()}, "codec is <.*spending"),
+        ({"codec": None}, "codec is None"),
+        ({"codec": None, "variant": "klt"}, "codec is None.*SeedCodec"),
+        ({"scheme": "latent", "codec": None, "variant": "wiener"}, "codec is None.*SeedCodec"),
+        ({"rate": 0.5}, r"rate is 0\.5"),
+        ({"rate": 64.0}, "num_symbols is 1"),
+        ({"num_blocks": 0}, "num_blocks is 0"),
+        ({"num_blocks": 33, "policy": "equal"}, "num_symbols is 16"),
+        ({"scheme": "split", "num_blocks": 33}, "num_blocks is 33"),
+        ({"mapping": "random"}, "mapping is 'random'"),
+        ({"scheme": "centralized", "variant": "qam", "modulation": "8psk"}, "modulation is '8psk'"),
+        ({"scheme": "centralized", "variant": "coded", "image_codec": None}, "image_codec is None.*fit_image_codec"),
+        ({"scheme": "split", "device_steps": 0}, "device_steps is 0"),
+        ({"scheme": "split", "server_steps": 3}, "server_steps is 3.*from 1 to 2"),
+        ({"server_steps": 1}, "server_steps is 1.*'split' only"),
+        ({"peak_power": 0.0}, r"peak_power is 0\.0.*positive"),
+        ({"peak_power": float("nan")}, "peak_power is nan"),
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"sampler": "lms"}, "sampler is 'lms'"),
+        ({"policy": "ppo", "num_blocks": 8}, "num_blocks is 16"),
+        ({"decode_batch": 0}, "decode_batch is 0"),
+        (
+            {"scheme": "latent", "codec": None, "statistics": SourceStatistics(latent_mean=(0.0,), latent_std=(1.0,))},
+            "latent_mean is .*4",
+        ),
+    ],
+)
+def test_bad_input(unchecked, make, options, match):
+    with pytest.raises(ValueError, match=match) as error:
+        make(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_parts_that_do_not_fit(make, pipe, table):
+    config = SeedCodecConfig((2, 2, 2), tile=(2, 2), width=4, hidden=4, decoder_blocks=1, snr_steps=2, rate_steps=2)
+    small = SeedCodec(initial_network(config, np.random.default_rng(0).normal(size=(50, 2, 2, 2)).astype(np.float32)))
+    with pytest.raises(ValueError, match="codec's latent shape is .*2, 2, 2"):
+        make(codec=small)
+    with pytest.raises(ValueError, match="image_codec's image is .*8, 8, 3"):
+        make("centralized", "coded", image_codec=table._replace(mean_image=jnp.zeros((8, 8, 3))))
+    raw = SeedCodecConfig((4, 4, 4), (4, 4), 4, 4, 0, 1, "raw", snr_steps=2, rate_steps=2)
+    noise = np.random.default_rng(0).normal(size=(50, 4, 4, 4)).astype(np.float32)
+    with pytest.raises(ValueError, match="transform 'raw'.*transform 'klt'"):
+        make("latent", "wiener", codec=SeedCodec(initial_network(raw, noise)))
+    with pytest.raises(TypeError, match="colour"):
+        make_simulator(pipe, None, "latent", colour="red")
+    assert isinstance(make(policy=EqualPower()).params["policy"], EqualPower)
