@@ -13,7 +13,7 @@ from megjax.diffusion.clip import CLIPTextConfig, CLIPTextModel
 from megjax.diffusion.generation import Graphs
 from megjax.diffusion.layers import ShapeRngs
 from megjax.diffusion.pipeline import Configs, StableDiffusion
-from megjax.diffusion.schedules import SAMPLERS, SchedulerConfig
+from megjax.diffusion.schedules import SchedulerConfig
 from megjax.diffusion.tokenization import train_tokenizer
 from megjax.diffusion.unet import UNet2DConditionModel, UNetConfig
 from megjax.diffusion.vae import AutoencoderKL, VAEConfig
@@ -242,17 +242,35 @@ def test_no_size_in_the_config(small):
     assert pipe.latent_shape(8, 16) == (4, 8, 4)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_split_sampling_equals_the_whole(small, ids, sampler):
-    table, key, prompts = small.sampler(sampler, 4), jax.random.key(5), jnp.asarray(ids[:1])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_ancestral"])
+def test_finishing_partial_latents_equals_the_whole(small, ids, sampler):
+    """For solvers that remember nothing; the latents in between are variance preserving whatever the solver's space."""
+    table, key, prompts = small.sampler(sampler, 4), jax.random.key(5), jnp.asarray(ids)
     whole = small.generate_latents(key, prompts, num_steps=4, sampler=sampler, guidance_scale=1.0)
-    noise_keys, _ = generation.image_keys(key, 1)
-    x = samplers.scale_initial(table, jax.vmap(lambda k: jax.random.normal(k, LATENTS[1:]))(noise_keys))
 
     @jax.jit
-    def split(params, x):
-        options = {"key": jax.random.key(5)}
-        x, state = generation.continue_latents(small.graphs, params, table, x, prompts, start=0, stop=2, **options)
-        return generation.continue_latents(small.graphs, params, table, x, prompts, start=2, state=state, **options)[0]
+    def halves(params):
+        given = {"shape": LATENTS[1:], "stop": 2}
+        x = generation.generate_latents(small.graphs, params, table, key, prompts, **given)
+        denoiser = generation.make_denoiser(small.graphs, params, prompts, None, 1.0)
+        _, step_keys = generation.image_keys(jax.random.clone(key), len(prompts))
+        return x, samplers.denoise(denoiser, table, samplers.from_vp(table, x, 2), start=2, key=step_keys)[0]
 
-    assert np.abs(split(small.params, x) - whole).max() < FLOAT32 * np.abs(whole).max()
+    partial, finished = halves(small.params)
+    assert np.abs(finished - whole).max() < FLOAT32 * np.abs(whole).max()
+    assert np.abs(partial - whole).max() > 100 * FLOAT32 * np.abs(whole).max()
+
+
+@pytest.mark.parametrize("sampler", ["dpm++", "euler"])
+def test_all_steps_are_the_whole(small, ids, sampler):
+    table, prompts = small.sampler(sampler, 3), jnp.asarray(ids[:1])
+    given = {"shape": LATENTS[1:]}
+    run = jax.jit(
+        lambda params, stop: generation.generate_latents(
+            small.graphs, params, table, jax.random.key(5), prompts, stop=stop, **given
+        ),
+        static_argnums=1,
+    )
+    whole, stopped = (run(small.params, stop) for stop in (None, table.num_steps))
+    scale = np.sqrt(float(samplers.alpha_bar(table, table.num_steps))) if sampler.startswith("euler") else 1.0
+    assert np.abs(stopped - scale * whole).max() < FLOAT32 * np.abs(whole).max()

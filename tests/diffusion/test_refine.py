@@ -1,0 +1,121 @@
+"""Denoising from any level: levels of timesteps, the posterior mean, variances on Gaussian data, traced levels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from megjax.diffusion.refine import level_of_timestep, refine, timestep_of_level
+from megjax.diffusion.schedules import SchedulerConfig, alphas_cumprod
+
+CONFIGS = {
+    kind: SchedulerConfig(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind, clip_sample=False
+    )
+    for kind in ("epsilon", "v_prediction", "sample")
+}
+CONFIG = CONFIGS["v_prediction"]
+TABLE = alphas_cumprod(CONFIG)
+MEAN, VARIANCE = 0.3, 2.0
+
+
+def perfect(kind, variance=VARIANCE, mean=MEAN):
+    """The best denoiser for independent Gaussian latents: E[x0 | x] as the model's kind of output."""
+
+    def denoiser(x, timestep):
+        level = jnp.broadcast_to(level_of_timestep(TABLE, jnp.asarray(timestep, jnp.float32)), x.shape[:1])
+        level = level[:, None, None, None]
+        signal, noise = jnp.sqrt(level), jnp.sqrt(1 - level)
+        clean = mean + variance * signal / (variance * level + 1 - level) * (x - signal * mean)
+        epsilon = (x - signal * clean) / noise
+        return {"epsilon": epsilon, "v_prediction": signal * epsilon - noise * clean, "sample": clean}[kind]
+
+    return denoiser
+
+
+def noisy(alpha_bar, num, variance=VARIANCE, mean=MEAN):
+    """Latents [n 4 4 2] and their noisy forms at this level."""
+    noise = jax.random.normal(jax.random.key(0), (2, num, 4, 4, 2))
+    clean = mean + np.float32(np.sqrt(variance)) * noise[0]
+    return clean, np.float32(np.sqrt(alpha_bar)) * clean + np.float32(np.sqrt(1 - alpha_bar)) * noise[1]
+
+
+def test_timesteps_and_levels_are_inverse():
+    timesteps = jnp.asarray([0.0, 17.0, 480.5, 998.9, 999.0])
+    levels = level_of_timestep(TABLE, timesteps)
+    np.testing.assert_allclose(levels[1], TABLE[17], rtol=1e-6)
+    np.testing.assert_allclose(levels[2], (TABLE[480] + TABLE[481]) / 2, rtol=1e-6)
+    np.testing.assert_allclose(timestep_of_level(TABLE, levels), timesteps, atol=0.02)
+    assert float(timestep_of_level(TABLE, jnp.float32(1.0))) == 0
+    assert float(timestep_of_level(TABLE, jnp.float32(0.0))) == 999
+    assert np.all(np.diff(timestep_of_level(TABLE, jnp.linspace(0.01, 0.99, 50))) < 0)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("alpha_bar", [0.1, 0.9])
+def test_one_step_gives_the_posterior_mean(kind, alpha_bar):
+    _, x = noisy(alpha_bar, 3)
+    found = refine(perfect(kind), CONFIGS[kind], x, jnp.full(3, alpha_bar), 1)
+    weight = VARIANCE * np.sqrt(alpha_bar) / (VARIANCE * alpha_bar + 1 - alpha_bar)
+    np.testing.assert_allclose(found, MEAN + weight * (x - np.sqrt(alpha_bar) * MEAN), atol=2e-4)
+
+
+def test_many_steps_recover_the_variance():
+    """The probability flow carries the law of noisy latents to that of clean ones; one step shrinks it."""
+    alpha_bar, num = 0.3, 400
+    _, x = noisy(alpha_bar, num)
+    run = jax.jit(
+        lambda x, n: refine(perfect("v_prediction"), CONFIG, x, jnp.full(num, alpha_bar), n), static_argnums=1
+    )
+    one, many = (np.asarray(run(x, n)) for n in (1, 100))
+    # For Gaussian data the flow is linear: it scales deviations by sqrt(variance / that of the input).
+    scale = np.sqrt(VARIANCE / (VARIANCE * alpha_bar + 1 - alpha_bar))
+    expected = MEAN + scale * (np.asarray(x) - np.sqrt(alpha_bar) * MEAN)
+    coarse = np.abs(np.asarray(run(x, 50)) - expected).max()
+    fine = np.abs(many - expected).max()
+    assert fine < 0.7 * coarse  # of first order in the step
+    assert fine < 0.05 * many.std()
+    spread = VARIANCE * np.sqrt(2 / x.size)
+    assert abs(many.var() - VARIANCE) < 4 * spread + 2 * fine * np.sqrt(VARIANCE)
+    assert one.var() < VARIANCE * 0.7
+
+
+def test_levels_may_be_traced_and_differ():
+    levels = jnp.asarray([0.05, 0.5, 0.97, 0.9999, 1.0])
+    _, x = noisy(0.5, len(levels))
+    run = lambda x, level: refine(perfect("epsilon"), CONFIGS["epsilon"], x, level, 4)  # noqa: E731
+    one = jax.jit(run)
+    together = one(x, levels)
+    mapped = jax.jit(jax.vmap(lambda x, level: run(x[None], level[None])[0]))(x, levels)
+    np.testing.assert_allclose(together, mapped, atol=1e-5)
+    for i in range(len(levels)):
+        np.testing.assert_allclose(together[i], one(x[i : i + 1], levels[i : i + 1])[0], atol=1e-4)
+    # Where nothing is noise there is nothing to remove.
+    np.testing.assert_allclose(together[-1], x[-1], atol=5e-3)
+
+
+def test_the_model_sees_falling_timesteps_from_that_of_the_level():
+    seen = []
+
+    def denoiser(x, timestep):
+        jax.debug.callback(lambda t: seen.append(np.asarray(t)), timestep, ordered=True)
+        return jnp.zeros_like(x)
+
+    levels = jnp.asarray([0.2, 0.8])
+    refine(denoiser, CONFIG, jnp.ones((2, 2, 2, 1)), levels, 4)
+    jax.effects_barrier()
+    start = np.asarray(timestep_of_level(TABLE, levels))
+    np.testing.assert_allclose(seen, start * np.array([1, 0.75, 0.5, 0.25])[:, None], rtol=1e-6)
+
+
+def test_gradients_flow_through_the_level():
+    _, x = noisy(0.5, 2)
+    loss = lambda level: jnp.sum(refine(perfect("epsilon"), CONFIGS["epsilon"], x, level, 3))  # noqa: E731
+    gradient = np.asarray(jax.jit(jax.grad(loss))(jnp.asarray([0.4, 0.6])))
+    assert np.all(np.isfinite(gradient)) and np.all(gradient != 0)
+
+
+@pytest.mark.parametrize("num_steps", [0, -1, True])
+def test_bad_number_of_steps(num_steps):
+    with pytest.raises(ValueError, match=f"num_steps is {num_steps}.*integer of at least 1"):
+        refine(perfect("epsilon"), CONFIG, jnp.zeros((1, 2, 2, 1)), jnp.full(1, 0.5), num_steps)
