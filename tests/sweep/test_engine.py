@@ -16,9 +16,10 @@ import pytest
 from megjax.channel import RayleighFading
 from megjax.codec import SeedCodec
 from megjax.codec.schemes import LearnedScheme, realisation_keys, simulate
-from megjax.diffusion.pipeline import StableDiffusion
+from megjax.data.latents import load
 from megjax.metrics import bootstrap_interval
 from megjax.sweep import Point, read_points
+from megjax.system import codec_statistics
 from tests.sweep.conftest import ABOUT
 
 IMAGE_SCHEMES = ("seed", "latent", "split", "centralized")
@@ -55,36 +56,28 @@ def test_power(result, sweep, tmp_path):
         assert row.effective_snr_db == pytest.approx(10.0 + 10 * np.log10(power), abs=1e-4)
     latent = frame[frame.scheme == "latent"]
     assert latent.nmse.nunique() == 1 and set(latent["mode"]) == {"equal_energy", "equal_power"}
-    pd.testing.assert_series_equal(result[0].nmse[[1, 3]], frame.nmse[[1, 2]], check_index=False)
+    pd.testing.assert_series_equal(result[0].nmse[[1, 3]], frame.nmse[[1, 4]], check_index=False)
 
 
 def test_numbers_are_those_of_the_codec_alone(result, config, latents):
     """The seed's error from `codec.schemes.simulate`, on the latents of the cache and the same keys."""
     frame, _ = result
-    bench_latents = StableDiffusion.from_pretrained(config.models[0])
-    del bench_latents
-    from megjax.data.latents import load
-
     codec, sent = SeedCodec.from_pretrained(config.codec), jnp.asarray(load(latents / "model-0")[:6])
-    scheme = LearnedScheme(codec.graph, codec.state)
-    errors = []
-    for realisation in range(2):
-        keys = realisation_keys(jax.random.key(0), np.arange(6), realisation)
-        power_db = 10 * np.log10(4)
-        got, _ = simulate(scheme, keys, sent, 10.0 + power_db, RayleighFading(), num_symbols=8, num_blocks=4)
-        errors.append(np.square(got - sent).sum((1, 2, 3)))
-    total = codec_variance(codec)
+    scheme, effective_snr_db = LearnedScheme(codec.graph, codec.state), 10.0 + 10 * np.log10(4)
+
+    @jax.jit
+    def errors_of(key, realisation):
+        keys, law = realisation_keys(key, np.arange(6), realisation), RayleighFading()
+        got, _ = simulate(scheme, keys, sent, effective_snr_db, law, num_symbols=8, num_blocks=4)
+        return jnp.square(got - sent).sum((1, 2, 3))
+
+    errors = [errors_of(jax.random.key(0), realisation) for realisation in range(2)]
+    total = float(codec_statistics(codec).variances.sum())
     row = frame[(frame.scheme == "seed") & (frame.snr_db == 10.0)].iloc[0]
     errors = np.stack(errors, 1) / total
     assert row.nmse == pytest.approx(errors.mean(), rel=1e-4)
     low, high = bootstrap_interval(errors)
     assert (row.nmse_low, row.nmse_high) == (pytest.approx(low, rel=1e-4), pytest.approx(high, rel=1e-4))
-
-
-def codec_variance(codec):
-    from megjax.system import codec_statistics
-
-    return float(codec_statistics(codec).variances.sum())
 
 
 def test_points_hold_every_image(result):
@@ -97,7 +90,7 @@ def test_points_hold_every_image(result):
 @pytest.fixture(scope="module")
 def pictured(sweep, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictured")
-    return sweep(folder, metrics="image", schemes=IMAGE_SCHEMES, snr_db=(10.0,), device_steps=(1,), steps=2), folder
+    return sweep(folder, metrics="image", schemes=IMAGE_SCHEMES, snr_db=(10.0,), device_steps=(1,)), folder
 
 
 def test_images_are_compared(pictured):
@@ -132,10 +125,10 @@ def test_other_prompts_and_a_model_without_scenenet(sweep, config, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("batch", [1, 5, 100])
+@pytest.mark.parametrize("batch", [1, 100])
 def test_numbers_do_not_depend_on_the_batch(result, sweep, tmp_path, batch):
     frame = sweep(tmp_path, batch=batch, snr_db=(10.0,))
-    pd.testing.assert_frame_equal(frame, result[0][[1, 3]] if False else result[0].iloc[[1, 3]].reset_index(drop=True))
+    pd.testing.assert_frame_equal(frame, result[0].iloc[[1, 3]].reset_index(drop=True), rtol=1e-5)
 
 
 def test_longer_lists_add_points(result, sweep, tmp_path):
@@ -189,8 +182,7 @@ def test_another_sweep_is_refused(result, sweep, config, tmp_path):
     before = files(result[1])
     other_codec = shutil.copytree(config.codec, tmp_path / "codec")
     codec = SeedCodec.from_pretrained(other_codec)
-    moved = jax.tree.map(lambda leaf: leaf * 1.01, codec.state)
-    dataclasses.replace(codec, state=moved) if dataclasses.is_dataclass(codec) else setattr(codec, "state", moved)
+    codec.state = jax.tree.map(lambda leaf: leaf * 1.01, codec.state)
     codec.save_pretrained(other_codec, np.float32)
     for change, message in (
         ({"num_images": 5}, "num_images 6 there, 5 here"),
