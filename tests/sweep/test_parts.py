@@ -11,6 +11,7 @@ from megjax.sweep.config import find_fading, find_policy, object_digest, part_di
 
 MODULE = '''
 import dataclasses
+from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from megjax.codec import link
@@ -36,7 +37,7 @@ class Unhashable(Fixed):
 class First:
     """All power on the first block."""
 
-    share: float = 1.0
+    causal: ClassVar[bool] = True
 
     def allocate(self, gains, problem):
         return problem.energy * (jnp.arange(gains.shape[0]) == 0)
