@@ -1,0 +1,62 @@
+"""The protocol is differentiable: gradients through seed coding, fading, reception, decoding and the image decoder."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from megjax.channel import RayleighFading
+from megjax.power import LoadedPower
+
+
+def directional(function, point, direction, step):
+    """Central difference of `function` at `point` along `direction`, and a bound of its error.
+
+    The difference with twice the step has four times the error of order step^2; rounding of the two values, each the
+    mean of many float32 terms, adds its share.
+    """
+    moved = lambda size: jax.tree.map(lambda x, d: x + np.float32(size) * d, point, direction)  # noqa: E731
+    values = {size: float(function(moved(size))) for size in (-2 * step, -step, step, 2 * step)}
+    near, far = ((values[size] - values[-size]) / (2 * size) for size in (step, 2 * step))
+    rounding = 16 * np.finfo(np.float32).eps * abs(values[step]) / step
+    return near, abs(far - near) + rounding
+
+
+def test_gradients_are_those_of_central_differences(make, source):
+    loads = jnp.asarray(np.random.default_rng(0).uniform(0.5, 1.5, 16), jnp.float32)
+    simulator = make(policy=LoadedPower(loads), fading=RayleighFading())
+    params, clean = simulator.params, jax.jit(simulator.source)(simulator.params, source.latents)
+    state = params["codec"].state
+    trained, constants = nnx.split_state(state, nnx.Param, ...)
+    rng = np.random.default_rng(1)
+    draw = lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32)  # noqa: E731
+    # Moved away from the start, where half of the network has no gradient because its outputs are zero.
+    trained = jax.tree.map(lambda x: x + 0.1 * draw(x), trained)
+
+    @jax.jit
+    def loss(point):
+        trained, loads = point
+        given = params | {
+            "codec": dataclasses.replace(params["codec"], state=nnx.merge_state(trained, constants)),
+            "policy": LoadedPower(loads),
+        }
+        numbers = jnp.arange(6), jnp.arange(2)
+        images = simulator.deliver(jax.random.key(0), given, clean, None, 3.0, *numbers).images
+        return jnp.mean(jnp.square(images - clean.images[:, None]))
+
+    point = trained, loads
+    gradient = jax.jit(jax.grad(loss))(point)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+    still = jax.tree.map(jnp.zeros_like, point)
+    directions = {
+        "codec": (jax.tree.map(lambda x: 0.1 * draw(x), trained), still[1]),
+        "loads": (still[0], draw(loads)),
+    }
+    for name, direction in directions.items():
+        products = jax.tree.map(lambda g, d: jnp.sum(g * d), gradient, direction)
+        expected = float(sum(jax.tree.leaves(products)))
+        found, error = directional(loss, point, direction, 1e-2)
+        assert abs(expected) > 5 * error, name  # there is something to compare
+        assert abs(found - expected) < 2 * error, name
