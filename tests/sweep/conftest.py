@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -64,3 +65,11 @@ def result(sweep, tmp_path_factory):
     """Table and folder of the small sweep."""
     folder = tmp_path_factory.mktemp("result")
     return sweep(folder), folder
+
+
+@pytest.fixture
+def unchecked():
+    """Without the run-time check of annotations, which users do not have and which would hide the project's errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -3,22 +3,14 @@
 import dataclasses
 import math
 
-import jaxtyping
 import pytest
 
 from megjax.channel import RicianFading
 from megjax.sweep import SweepConfig
 from megjax.sweep.config import find_fading, find_policy
 
+pytestmark = pytest.mark.usefixtures("unchecked")
 SMALL = SweepConfig(schemes=("seed", "latent"), snr_db=(0.0,), rates=(2.0, 4.0))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def unchecked():
-    """Without the run-time check of annotations, which users do not have and which would hide the project's errors."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def points(**changes):

@@ -1,6 +1,5 @@
 """Tests of a sweep's results: its rows, its files, what it refuses, and that a broken one loses nothing."""
 
-import dataclasses
 import errno
 import json
 import shutil
@@ -13,12 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megjax.channel import RayleighFading
+from megjax.channel import RayleighFading, symbols_per_block
 from megjax.codec import SeedCodec
+from megjax.codec.opta import opta_nmse
 from megjax.codec.schemes import LearnedScheme, realisation_keys, simulate
 from megjax.data.latents import load
 from megjax.metrics import bootstrap_interval
-from megjax.sweep import Point, read_points
+from megjax.sweep import read_points
 from megjax.system import codec_statistics
 from tests.sweep.conftest import ABOUT
 
@@ -281,8 +281,11 @@ def test_settings_on_disk_are_what_points_share(result, config):
     assert name == f"{config.models[0]}-0" and set(found["sources"][name]) == {"model", "codec", "prompts"}
 
 
-def test_limit_is_below_the_linear_code(sweep, tmp_path):
-    frame = sweep(tmp_path, schemes=("opta", "seed-klt"), fadings=("awgn",), num_images=50, realisations=1)
-    limit, linear = (frame[frame.scheme == name].nmse.to_numpy() for name in ("opta", "seed-klt"))
-    assert np.all(limit < linear) and np.all(np.diff(limit) < 0)
-    assert isinstance(Point(**{f.name: frame.iloc[0][f.name] for f in dataclasses.fields(Point)}), Point)
+def test_the_limit_is_that_of_the_codec(sweep, config, tmp_path):
+    frame = sweep(tmp_path, schemes=("opta",), fadings=("awgn",))
+    variances = codec_statistics(SeedCodec.from_pretrained(config.codec)).variances
+    for row in frame.itertuples():
+        snr = jnp.full(4, 4 * 10 ** (row.snr_db / 10))  # equal energy: four times the power
+        expected = float(opta_nmse(variances, snr, symbols_per_block(8, 4)))
+        np.testing.assert_allclose((row.nmse, row.nmse_low, row.nmse_high), expected, rtol=1e-5)
+    assert (frame.policy == "equal").all() and (frame.n == 12).all()

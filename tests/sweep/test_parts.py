@@ -143,7 +143,7 @@ def test_one_object_for_all_points(own):
         ({"policies": ("static",), "fadings": ("own_parts:Fixed",)}, ""),
     ],
 )
-def test_own_parts_that_do_not_fit(sweep, own, tmp_path, change, message):
+def test_own_parts_that_do_not_fit(sweep, own, unchecked, tmp_path, change, message):
     if message:
         with pytest.raises(ValueError, match=message) as error:
             sweep(tmp_path, **change)
