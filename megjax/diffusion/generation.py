@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
@@ -135,7 +136,7 @@ def in_batches(function: Callable, values: Float[Array, "n ..."], batch_size: in
 
 
 def decode(
-    graphs: Graphs, params: PyTree, latents: Float[Array, "b h w c"], batch_size: int | None = None
+    graphs: Graphs, params: PyTree, latents: Float[Array | np.ndarray, "b h w c"], batch_size: int | None = None
 ) -> Float[Array, "b H W 3"]:
     """Images in [0, 1], decoded at most `batch_size` at a time (None: all at once)."""
     vae = nnx.merge(graphs.vae, params["vae"])
@@ -147,7 +148,7 @@ def decode(
 
 
 def encode(
-    graphs: Graphs, params: PyTree, images: Float[Array, "b H W 3"], batch_size: int | None = None
+    graphs: Graphs, params: PyTree, images: Float[Array | np.ndarray, "b H W 3"], batch_size: int | None = None
 ) -> Float[Array, "b h w c"]:
     """Mean latents of images in [0, 1], scaled as the U-Net sees them."""
     vae = nnx.merge(graphs.vae, params["vae"])

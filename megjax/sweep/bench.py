@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from megjax.channel import symbols_per_block
@@ -19,7 +20,7 @@ from megjax.codec.opta import opta_nmse
 from megjax.codec.schemes import draw_gains, realisation_keys
 from megjax.configs import require
 from megjax.data import scenes
-from megjax.data.latents import generate, model_digest, over_devices, scene_captions
+from megjax.data.latents import generate, model_digest, scene_captions
 from megjax.diffusion import generation
 from megjax.diffusion.layout import locate
 from megjax.diffusion.pipeline import StableDiffusion
@@ -235,25 +236,22 @@ class Bench:
                     rows.setdefault(name, []).append(value)
             for name, values in jax.device_get(rows).items():
                 if name != "pictures" or name not in found:
-                    whole = values[0] if name == "pictures" else np.concatenate(values, axis=1)
+                    whole = values[0][:PICTURES] if name == "pictures" else np.concatenate(values, axis=1)
                     found.setdefault(name, []).append(whole)
             progress((part.stop - part.start) * self.config.realisations)
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
     def _receive(self, simulator: Simulator, point: Point, part: slice, numbers: np.ndarray, partial) -> dict:
-        spread = over_devices(part.stop - part.start)
         shown = self.config.metrics != LATENT_METRICS
         truth = None if self.prompts.labels is None else (self.prompts.labels[part], self.prompts.stated[part])
         latents = self.latents[part]
         source = Source(latents, self.images[part] if shown else None, latents if partial is None else partial[part])
         images = np.arange(part.start, part.stop, dtype=np.uint32)
-        given = spread((source, self.ids[part], images, truth))
-        look = self.look if shown else None
-        graph, state = look if look is not None else (None, None)
-        return _receive(
-            *(simulator, graph, shown, state, self.key, simulator.params),
-            *(point.snr_db, self.config.guidance, numbers, *given),
-        )
+        graph, state = self.look if shown and self.look is not None else (None, None)
+        mesh = devices_for(len(images), point.scheme == "latent-wiener")
+        levels = np.float32(point.snr_db), np.float32(self.config.guidance)
+        common = (state, self.key, simulator.params, *levels, numbers)
+        return _receive(simulator, graph, shown, mesh, *common, source, self.ids[part], images, truth)
 
     @functools.cache  # noqa: B019
     def partial_latents(self, steps: int) -> np.ndarray:
@@ -283,8 +281,28 @@ class Bench:
         return {"nmse": nmse, "num_symbols": np.full_like(nmse, count), "energy": np.full_like(nmse, power * count)}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _receive(
+def devices_for(count: int, factorises: bool) -> Mesh:
+    """The local devices if they divide a batch of this size, else the first of them.
+
+    A program that factorises matrices has one CPU device alone: LAPACK calls of two at once have been seen to wait for
+    each other forever (JAX 0.10.2).
+    """
+    devices = np.asarray(jax.local_devices())
+    if factorises and devices[0].platform == "cpu":
+        devices = devices[:1]
+    return Mesh(devices if count % len(devices) == 0 else devices[:1], ("data",))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _receive(simulator: Simulator, graph, shown: bool, mesh: Mesh, *values) -> dict[str, Array]:
+    """What `_receptions` gives, each device taking its share of the images: no device waits for another."""
+    common, each = (PartitionSpec(),) * 6, (PartitionSpec("data"),) * 4
+    share = functools.partial(_receptions, simulator, graph, shown)
+    spread = jax.shard_map(share, mesh=mesh, in_specs=common + each, out_specs=PartitionSpec("data"), check_vma=False)
+    return spread(*values)
+
+
+def _receptions(
     simulator: Simulator, graph, shown: bool, state, key, params, snr_db, guidance, numbers, source, ids, images, truth
 ) -> dict[str, Array]:
     delivery = simulator.deliver(

@@ -1,0 +1,97 @@
+"""Tests of the results page: drawn from small sweeps of the tiny model, its costs and a short PPO run."""
+
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from eval import costs, figures, power_tables
+from eval.figure_tables import difference
+from megjax.codec import SeedCodec
+from megjax.power.recipe import PRESETS, train_power
+from megjax.sweep import read_points
+from megjax.system import Resources
+
+
+@pytest.fixture(scope="module")
+def sweeps(sweep, tiny_model, tiny_codec, tmp_path_factory):
+    """A folder with everything that the page is made of."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    modes, shown = ("equal_energy", "equal_power"), {"metrics": "image", "num_images": 4, "realisations": 1}
+    everything = ("seed", "latent", "latent-wiener", "centralized", "centralized-coded", "centralized-qam")
+    sweep(folder / "images", schemes=everything, snr_db=(0.0,), modes=modes, rates=(2.0,), **shown)
+    sweep(folder / "latents", schemes=("seed", "seed-klt", "latent", "opta"), rates=(1.0, 2.0), snr_db=(0.0, 10.0))
+    policies = {"schemes": ("seed",), "policies": ("equal", "static", "codec"), "modes": ("equal_power",)}
+    sweep(folder / "policies", rates=(2.0,), snr_db=(0.0,), **policies, **shown)
+    split = {"schemes": ("split", "latent"), "device_steps": (1, 2), "snr_db": (0.0,), "modes": ("equal_energy",)}
+    sweep(folder / "split", **split, **shown)
+    model = folder / "model"
+    shutil.copytree(tiny_model, model)
+    codec = SeedCodec.from_pretrained(tiny_codec)
+    codec.validation = np.random.default_rng(1).normal(size=(6, 4, 4, 4)).astype(np.float32)
+    codec.save_pretrained(model / "codec")
+    costs.run(costs.Arguments(model=str(model), rate=2.0, steps=2, output=folder / "costs"))
+    recipe = PRESETS["tiny"]
+    environment = recipe.environment()
+    train_power(recipe, *environment, folder / "power-equal-rayleigh-0").save_pretrained(
+        folder / "power-equal-rayleigh-0" / "model"
+    )
+    power_tables.run(power_tables.Arguments(runs=folder, num=50, snr_db=(0.0,), output=folder / "power"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(sweeps, tmp_path_factory):
+    """The page and its folder."""
+    output = tmp_path_factory.mktemp("docs")
+    return figures.run(figures.Arguments(sweeps, output)).read_text(), output
+
+
+def test_the_page_shows_every_picture(page):
+    text, folder = page
+    names = re.findall(r"\]\((results-[a-z]+\.png)\)", text)
+    assert sorted(names) == sorted(path.name for path in folder.glob("*.png")) and len(names) == 6
+    for name in names:
+        pixels = np.asarray(Image.open(folder / name).convert("RGB"))
+        assert min(pixels.shape[:2]) > 150 and pixels.std() > 10
+    assert "nan" not in text
+
+
+def test_numbers_on_the_page_are_those_of_the_sweep(page, sweeps):
+    text, _ = page
+    frame = pd.read_parquet(sweeps / "images" / "results.parquet")
+    for row in frame[frame["mode"] == "equal_energy"].itertuples():
+        assert f"{row.psnr_db:.2f} [{row.psnr_db_low:.2f}, {row.psnr_db_high:.2f}]" in text
+    points = read_points(sweeps / "policies")
+    equal, static = (next(p for p in points if p["policy"] == name) for name in ("equal", "static"))
+    gain, low, high = difference(static, equal)
+    assert gain == pytest.approx(static["psnr_db"] - equal["psnr_db"], abs=1e-5) and low <= gain <= high
+    assert f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]" in text
+
+
+def test_costs_add_up(sweeps):
+    frame = pd.read_parquet(sweeps / "costs" / "costs.parquet").set_index("scheme")
+    resources = Resources()
+    np.testing.assert_allclose(frame.airtime_s, frame.num_symbols / resources.bandwidth_hz)
+    np.testing.assert_allclose(frame.energy_j, resources.transmit_power_w * frame.airtime_s)  # P = 1
+    np.testing.assert_allclose(frame.latency_s, frame.server_s + frame.airtime_s + frame.device_s)
+    assert frame.num_symbols["latent"] == 32 and frame.num_symbols["centralized, analog"] == 1536
+    steps = frame.device_flops["split, 5 device steps"] - frame.device_flops["split, 1 device step"]
+    assert steps > 0 and frame.device_flops["centralized, analog"] < frame.device_flops["latent"]
+    # 25 server steps are asked for as 2 here, so that each is half of what text and coding leave.
+    assert frame.server_flops["latent"] == pytest.approx(frame.server_flops["split, 1 device step"], rel=0.05)
+    with pytest.raises(ValueError, match="bandwidth_hz is 0"):
+        Resources(bandwidth_hz=0)
+
+
+@pytest.mark.parametrize("missing", ["split/results.parquet", "costs/costs.parquet", "power/map.parquet"])
+def test_what_is_missing_is_named(sweeps, tmp_path, missing):
+    folder = tmp_path / "copy"
+    shutil.copytree(sweeps, folder)
+    (folder / missing).unlink()
+    with pytest.raises(ValueError, match=missing.split("/")[1]) as error:
+        figures.run(figures.Arguments(folder, tmp_path / "docs"))
+    assert "\n" not in str(error.value) and not (tmp_path / "docs").exists()
