@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from megjax.configs import read_json, require, write_json, write_text
+from megjax.termination import TerminationNotice
 
 WHOLE = PartitionSpec()
 LossFn = Callable[[PyTree, PyTree, Key[Array, ""]], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
@@ -197,7 +200,8 @@ def check_same_run(folder: Path, description: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path, description = folder / "config.json", json.loads(json.dumps(description, default=str))
     if not path.exists():
-        write_json(path, description)
+        if jax.process_index() == 0:
+            write_json(path, description)
     elif (found := read_json(path)) != description:
         old, new = _flatten(found), _flatten(description)
         names = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
@@ -237,11 +241,15 @@ def fit(
     resume. `on_checkpoint` is called after each save. `seconds.json` says how long the steps so far have taken,
     compilation included.
 
-    Raises ValueError if `folder` holds a run with other settings.
+    Raises ValueError if `folder` holds a run with other settings, or the devices of many processes do not divide
+    `num_shards`.
     """
     state = init_state(config, params)
+    if jax.process_count() > 1:
+        whole = num_shards % jax.device_count() == 0
+        require(whole, "num_shards", num_shards, f"a multiple of the {jax.device_count()} devices of all processes")
     if num_shards > 1:
-        state, data = jax.device_put((state, data), NamedSharding(data_mesh(num_shards), PartitionSpec()))
+        state, data = jax.device_put((state, data), NamedSharding(data_mesh(num_shards), WHOLE))
     chunk, key = make_chunk(config, data_parallel(loss_fn, num_shards)), jax.random.key(config.seed)
     return run_loop(
         lambda state, num_steps: chunk(state, data, key, num_steps),
@@ -274,32 +282,40 @@ def run_loop(
 
     `state` is a pytree with the integer array `step`, at the start of a new run; a run in `folder` goes on from its
     newest checkpoint. Chunks have at most `per_dispatch` steps and end where metrics are logged, every `log_every`
-    steps, so that a resumed run has the same ones. `parameters` are listed in parameters.txt.
+    steps, so that a resumed run has the same ones. `parameters` are listed in parameters.txt. On SIGTERM the chunk
+    under way is finished and a checkpoint saved before the process ends. Of many processes the first writes what is no
+    checkpoint, and all call `on_checkpoint`.
 
     Raises ValueError if `folder` holds a run of another `description`.
     """
     folder = Path(folder).absolute()
     check_same_run(folder, description)
-    write_text(folder / "parameters.txt", describe_parameters(parameters))
+    if jax.process_index() == 0:
+        write_text(folder / "parameters.txt", describe_parameters(parameters))
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     with ocp.CheckpointManager(folder / "checkpoints", options=options) as manager:
         if manager.latest_step() is not None:
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(abstract))
         if int(state.step) < num_steps:
-            state = _run(
-                chunk, state, num_steps, per_dispatch, log_every, checkpoint_minutes, folder, manager, on_checkpoint
-            )
+            with TerminationNotice() as notice:
+                times = (num_steps, per_dispatch, log_every, checkpoint_minutes)
+                state = _run(chunk, state, *times, folder, manager, on_checkpoint, notice)
+            if int(state.step) < num_steps:  # die of the signal, as whoever sent it expects
+                signal.raise_signal(signal.SIGTERM)
+                sys.exit(128 + signal.SIGTERM)
     return state
 
 
-def _run(chunk, state, num_steps, per_dispatch, log_every, checkpoint_minutes, folder, manager, on_checkpoint):
-    step = int(state.step)
-    log, waiting, saved_at = MetricsLog(folder, step), [], time.monotonic()
+def _run(chunk, state, num_steps, per_dispatch, log_every, checkpoint_minutes, folder, manager, on_checkpoint, notice):
+    """The state at step `num_steps`, or where the termination notice came."""
+    step, first = int(state.step), jax.process_index() == 0
+    log, waiting = (MetricsLog(folder, step) if first else None), _read_waiting(folder, step)
     clock = folder / "seconds.json"
     spent, started = (read_json(clock)["seconds"] if step and clock.is_file() else 0.0), time.monotonic()
+    saved_at, stopped = started, False
     with tqdm(total=num_steps, initial=step, desc=folder.name, mininterval=5, dynamic_ncols=True) as bar:
-        while step < num_steps:
+        while step < num_steps and not stopped:
             # Chunks end on the same boundaries wherever a run was resumed, so that the logged means agree too.
             boundary = (step // per_dispatch + 1) * per_dispatch
             boundary = min(boundary, (step // log_every + 1) * log_every, num_steps)
@@ -307,21 +323,43 @@ def _run(chunk, state, num_steps, per_dispatch, log_every, checkpoint_minutes, f
             waiting.append((boundary - step, metrics))
             bar.update(boundary - step)
             step = boundary
-            if step % log_every == 0 or step == num_steps:
+            logged = step % log_every == 0 or step == num_steps
+            if logged:
                 values = _mean(waiting)
                 waiting = []
-                log.write(step, values)
+                if first:
+                    log.write(step, values)
                 bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
-                overdue = time.monotonic() - saved_at > 60 * checkpoint_minutes
-                if overdue or step == num_steps:
-                    manager.save(step, args=ocp.args.StandardSave(state))
-                    manager.wait_until_finished()
-                    write_json(clock, {"step": step, "seconds": round(spent + time.monotonic() - started, 1)})
-                    saved_at = time.monotonic()
-                    if on_checkpoint is not None:
-                        on_checkpoint(state)
-    log.close()
+            stopped = notice.given()
+            overdue = logged and time.monotonic() - saved_at > 60 * checkpoint_minutes
+            if overdue or step == num_steps or stopped:
+                if first:
+                    _write_waiting(folder, step, waiting)
+                manager.save(step, args=ocp.args.StandardSave(state))
+                manager.wait_until_finished()
+                saved_at = time.monotonic()
+                if first:
+                    write_json(clock, {"step": step, "seconds": round(spent + saved_at - started, 1)})
+                if on_checkpoint is not None and not stopped:  # which may take longer than the sender waits
+                    on_checkpoint(state)
+    if first:
+        log.close()
     return state
+
+
+def _write_waiting(folder: Path, step: int, waiting: list[tuple[int, dict]]) -> None:
+    """Keep metrics of the steps after the last log line, for a run that goes on from `step`."""
+    values = [[count, {name: float(x) for name, x in metrics.items()}] for count, metrics in waiting]
+    write_json(folder / "waiting.json", {"step": step, "metrics": values})
+
+
+def _read_waiting(folder: Path, step: int) -> list[tuple[int, dict]]:
+    """What `_write_waiting` kept for this step."""
+    path = folder / "waiting.json"
+    found = read_json(path) if step and path.is_file() else {}
+    if found.get("step") != step:
+        return []
+    return [(count, {name: np.float32(x) for name, x in metrics.items()}) for count, metrics in found["metrics"]]
 
 
 def _mean(waiting: list[tuple[int, dict]]) -> dict[str, float]:

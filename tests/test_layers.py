@@ -18,6 +18,7 @@ LAYERS = {
     "units": 0,
     "configs": 0,
     "sharding": 0,
+    "termination": 0,
     "hlo": 0,
     "data.__init__": 0,
     "data.scenes": 0,

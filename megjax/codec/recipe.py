@@ -21,7 +21,8 @@ class CodecRecipe:
     """Everything that decides what a trained codec becomes, but the latents.
 
     `num_generated` latents come from the model's own prompts; `num_encoded` are images of the data set encoded by its
-    VAE, where there is a data set; `num_validation` more generated ones stay with the codec.
+    VAE, where there is a data set; `num_validation` more generated ones stay with the codec. A step averages
+    `num_shards` draws of the conditions, over the devices there are.
     """
 
     codec: SeedCodecConfig = SeedCodecConfig()
@@ -30,11 +31,13 @@ class CodecRecipe:
     num_generated: int = 10_000
     num_encoded: int = 48_000
     num_validation: int = 200
+    num_shards: int = 1
 
     def __post_init__(self):
         require(self.num_generated >= 2, "num_generated", self.num_generated, "at least 2")
         require(self.num_validation >= 1, "num_validation", self.num_validation, "at least 1")
         require(self.num_encoded >= 0, "num_encoded", self.num_encoded, "at least 0")
+        require(self.num_shards >= 1, "num_shards", self.num_shards, "at least 1")
 
 
 TRAINING = FitConfig(
@@ -92,12 +95,15 @@ def train_codec(
     total = float(latents.reshape(len(latents), -1).astype(np.float64).var(0).sum())
     described = dataclasses.asdict(recipe) | {"start": start is not None} | (description or {})
     del described["codec"]["dtype"], described["num_validation"]  # neither changes the run
+    if recipe.num_shards == 1:  # as in runs from before there were shards
+        del described["num_shards"]
     state = fit(
         codec_loss(graph, recipe.conditions, decode_images),
         params,
         {"constants": constants, "total_variance": jnp.float32(total), "latents": sets},
         recipe.fit,
         folder,
+        num_shards=recipe.num_shards,
         description=described,
     )
     # Rounded as they are stored, so that the statistics of the code are those of the stored weights.
