@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -75,10 +76,10 @@ def test_gradients_reach_codec_and_law(names):
     assert basis.shape == (256, 256) and np.isfinite(basis).all() and np.abs(basis).max() > 0
     assert float(slope["fading"].loss) < 0
     # A central difference; the error is smooth in the loss for given draws.
-    step, params = 2e-3, names["pca"].params
+    step, params, error = 2e-3, names["pca"].params, jax.jit(names["loss"])
 
     def at(loss):
-        return float(names["loss"]({**params, "fading": names["Blockage"](loss=jnp.float32(loss))}))
+        return float(error({**params, "fading": names["Blockage"](0.1, 0.3, jnp.float32(loss))}))
 
     difference = (at(0.05 + step) - at(0.05 - step)) / (2 * step)
     assert float(slope["fading"].loss) == pytest.approx(difference, rel=0.05)
