@@ -22,6 +22,7 @@ from megjax.runtime import command
 from megjax.tpu import TpuConfig
 
 GIB = 2**30
+STACK_BYTES = 4 * 2**20
 HBM_SHARE = 0.97
 """Share of the HBM that a program may take: the rest is the runtime's."""
 
@@ -184,6 +185,8 @@ def run(args: Arguments) -> list[dict[str, Any]]:
 def main() -> None:
     # Neither a TPU nor Google Cloud's metadata server is needed to compile.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # libtpu's own threads have stacks that products fused three deep, as in attention at 64x64, overflow.
+    os.environ.setdefault("LIBTPU_INIT_ARGS", f"--fibers_default_thread_stack_size={STACK_BYTES}")
     jax.config.update("jax_platforms", "cpu")
     command("eval.aot", lambda: run(tyro.cli(Arguments, description=__doc__)))
 
