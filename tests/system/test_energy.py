@@ -7,20 +7,19 @@ import pytest
 from megjax.power import LoadedPower
 
 LOADED = LoadedPower(jnp.arange(1.0, 17.0))
-CHEAP = ("equal", LOADED)
 CASES = [
-    ("centralized", "analog", "equal_power", CHEAP),
+    ("centralized", "analog", "equal_power", (LOADED,)),
     ("centralized", "analog", "equal_energy", ("inversion",)),
     ("centralized", "qam", "equal_power", ("inversion",)),
-    ("centralized", "qam", "equal_energy", CHEAP),
-    ("centralized", "coded", "equal_power", CHEAP),
+    ("centralized", "qam", "equal_energy", (LOADED,)),
+    ("centralized", "coded", "equal_power", ("equal", LOADED)),
     ("centralized", "coded", "equal_energy", ("inversion",)),
-    ("latent", "symbol", "equal_power", (*CHEAP, "static")),
+    ("latent", "symbol", "equal_power", ("equal", "static")),
     ("latent", "wiener", "equal_energy", ("inversion",)),
-    ("seed", "learned", "equal_power", ("codec", "equal", "static", "inversion", "waterfilling", "dp", "ppo", LOADED)),
+    ("seed", "learned", "equal_power", ("codec", "static", "inversion", "dp", "ppo", LOADED)),
     ("seed", "learned", "equal_energy", ("codec", "ppo")),
-    ("seed", "klt", "equal_energy", ("codec", "static")),
-    ("split", "latent", "equal_power", (*CHEAP, "ppo")),
+    ("seed", "klt", "equal_energy", ("static",)),
+    ("split", "latent", "equal_power", ("ppo", LOADED)),
     ("split", "latent", "equal_energy", ("inversion",)),
 ]
 K_LATENT, REALISATIONS = 32, 20

@@ -69,8 +69,8 @@ def test_the_servers_latents_are_those_of_the_pipeline(pipe, make, ids):
 
 def test_a_good_channel_shows_what_was_sent(make, deliver, source):
     for scheme, variant in FORMS:
-        if variant in ("coded", "latent"):
-            continue  # what the image codec shows is tested with it; a random network finishes what is split
+        if variant in ("coded", "klt", "latent"):
+            continue  # the image codec has tests of its own; a random network finishes what is split
         options = {"rate": 1.0, "fading": NoFading(), "policy": "equal"}
         delivery = deliver(make(scheme, variant, **options), source, 80.0, 1)
         if scheme == "centralized":
@@ -86,7 +86,8 @@ def test_no_signal_shows_the_mean(make, deliver, source):
 
 
 def test_schemes_given_the_same_key_see_the_same_gains(make, deliver, source):
-    seen = [deliver(make(*form, policy="equal"), source, 5.0, 3).gains for form in FORMS]
+    forms = [form for form in FORMS if form[1] not in ("wiener", "klt")]  # on the same link as another
+    seen = [deliver(make(*form, policy="equal"), source, 5.0, 3).gains for form in forms]
     for other in seen[1:]:
         np.testing.assert_array_equal(seen[0], other)
     assert len(np.unique(np.asarray(seen[0]))) == seen[0].size
