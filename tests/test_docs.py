@@ -11,7 +11,7 @@ SNIPPETS = [
     (name, block)
     for name in ("README.md", "docs/channel.md", "docs/codec.md", "docs/power.md")
     for block in re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
-    if "channel" in block or "make_ppo" in block
+    if "channel" in block or "make_ppo" in block or "megjax.simulate" in block
 ]
 
 
@@ -29,7 +29,7 @@ def test_links_lead_somewhere(page):
 
 def test_there_are_snippets():
     assert [name for name, _ in SNIPPETS] == [
-        "README.md",
+        *["README.md"] * 2,
         *["docs/channel.md"] * 3,
         "docs/codec.md",
         "docs/power.md",
@@ -55,5 +55,7 @@ def test_snippet(block):
         assert error < 0.5 and np.isclose(np.mean(names["weights"]), 1.0, atol=1e-5)
     if "optimum" in names:
         assert names["error"] == pytest.approx(9.2525, abs=4 * 0.81 / np.sqrt(10_000))  # the value of 10^5 episodes
+    if "sent" in names:
+        assert names["sent"].delivery.images.shape == (1, 4, 64, 64, 3)
     if "train" in names:
         assert names["metrics"]["return"].shape == (4,) and int(names["state"].step) == 4
