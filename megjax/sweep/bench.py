@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
 
 from megjax.channel import symbols_per_block
 from megjax.channel.numerics import squared_magnitude
@@ -24,8 +22,7 @@ from megjax.data.latents import generate, model_digest, scene_captions
 from megjax.diffusion import generation
 from megjax.diffusion.layout import locate
 from megjax.diffusion.pipeline import StableDiffusion
-from megjax.metrics import SceneNet, psnr, ssim
-from megjax.metrics.scenenet import caption_accuracy, labels_from_logits
+from megjax.metrics import Inception, SceneNet
 from megjax.sweep.config import (
     LATENT_METRICS,
     Point,
@@ -36,9 +33,9 @@ from megjax.sweep.config import (
     object_digest,
     part_digest,
 )
+from megjax.sweep.receive import PICTURES, devices_for, receive
 from megjax.system import (
     BlockWeights,
-    Delivery,
     Simulator,
     Source,
     SourceStatistics,
@@ -52,8 +49,6 @@ from megjax.units import db_to_linear, linear_to_db
 
 IMAGE_CODEC_SCENES = 400
 """Training pictures that the coded image's quality and rate are chosen on."""
-PICTURES = 4
-"""First images of a point that are kept as pictures, as the first realisation brings them."""
 TABLE_KEY, RENDER_KEY = 2**32 - 1, 2**32 - 2
 """Streams of a seed beside those of its images."""
 
@@ -94,6 +89,7 @@ class Bench:
     codec: Any
     statistics: SourceStatistics
     scenenet: SceneNet | None
+    inception: Inception | None
     seed: int
     prompts: Prompts
     cache: Path
@@ -133,17 +129,18 @@ class Bench:
         return float(self.latents.reshape(len(self.latents), -1).var(0).sum())
 
     @functools.cached_property
-    def look(self):
-        """SceneNet as a pure function and its parameters, None where there is none."""
-        return None if self.scenenet is None else nnx.split(self.scenenet)
+    def looks(self) -> list[tuple]:
+        """SceneNet and Inception as graph and parameters, two times None where there is none."""
+        return [(None, None) if one is None else nnx.split(one) for one in (self.scenenet, self.inception)]
 
-    @functools.cached_property
-    def reference_features(self) -> np.ndarray:
-        """SceneNet features of renders of the captions; of the server's images for other prompts."""
+    @functools.cache  # noqa: B019
+    def reference_features(self, kind: str) -> np.ndarray:
+        """ "scenenet" or "inception" features of renders of the captions; of the server's images for other prompts."""
         images = self.images if self.prompts.labels is None else self._renders("held_out", self.config.num_images)
         parts = range(0, len(images), self.batch)
-        features = jax.jit(lambda state, x: nnx.merge(self.look[0], state).features(x))
-        return np.concatenate([np.asarray(features(self.look[1], images[i : i + self.batch])) for i in parts])
+        graph, state = self.looks[0 if kind == "scenenet" else 1]
+        features = jax.jit(lambda state, x: nnx.merge(graph, state).features(x))
+        return np.concatenate([np.asarray(features(state, images[i : i + self.batch])) for i in parts])
 
     def _renders(self, split: str, num: int) -> np.ndarray:
         """Pictures of the scenes that the captions of a split describe, [n H W 3]."""
@@ -247,11 +244,11 @@ class Bench:
         latents = self.latents[part]
         source = Source(latents, self.images[part] if shown else None, latents if partial is None else partial[part])
         images = np.arange(part.start, part.stop, dtype=np.uint32)
-        graph, state = self.look if shown and self.look is not None else (None, None)
+        graphs, states = zip(*self.looks, strict=True)
         mesh = devices_for(len(images), point.scheme == "latent-wiener")
         levels = np.float32(point.snr_db), np.float32(self.config.guidance)
-        common = (state, self.key, simulator.params, *levels, numbers)
-        return _receive(simulator, graph, shown, mesh, *common, source, self.ids[part], images, truth)
+        common = (states, self.key, simulator.params, *levels, numbers)
+        return receive(simulator, graphs, shown, mesh, *common, source, self.ids[part], images, truth)
 
     @functools.cache  # noqa: B019
     def partial_latents(self, steps: int) -> np.ndarray:
@@ -281,60 +278,6 @@ class Bench:
         return {"nmse": nmse, "num_symbols": np.full_like(nmse, count), "energy": np.full_like(nmse, power * count)}
 
 
-def devices_for(count: int, factorises: bool) -> Mesh:
-    """The local devices if they divide a batch of this size, else the first of them.
-
-    A program that factorises matrices has one CPU device alone: LAPACK calls of two at once have been seen to wait for
-    each other forever (JAX 0.10.2).
-    """
-    devices = np.asarray(jax.local_devices())
-    if factorises and devices[0].platform == "cpu":
-        devices = devices[:1]
-    return Mesh(devices if count % len(devices) == 0 else devices[:1], ("data",))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _receive(simulator: Simulator, graph, shown: bool, mesh: Mesh, *values) -> dict[str, Array]:
-    """What `_receptions` gives, each device taking its share of the images: no device waits for another."""
-    common, each = (PartitionSpec(),) * 6, (PartitionSpec("data"),) * 4
-    share = functools.partial(_receptions, simulator, graph, shown)
-    spread = jax.shard_map(share, mesh=mesh, in_specs=common + each, out_specs=PartitionSpec("data"), check_vma=False)
-    return spread(*values)
-
-
-def _receptions(
-    simulator: Simulator, graph, shown: bool, state, key, params, snr_db, guidance, numbers, source, ids, images, truth
-) -> dict[str, Array]:
-    delivery = simulator.deliver(
-        key, params, source, ids, snr_db, images, numbers, guidance_scale=guidance, generate=shown
-    )
-    size = delivery.gains.shape[:2]
-    found: dict[str, Array] = {
-        "num_symbols": jnp.broadcast_to(delivery.num_symbols[:, None], size),
-        "energy": delivery.energy,
-    }
-    if delivery.latents is not None:
-        found["squared_error"] = jnp.square(delivery.latents - source.latents[:, None]).sum((2, 3, 4))
-    if shown:
-        found |= _compare(delivery, source)
-        found["pictures"] = delivery.images[:PICTURES, :1]
-    if graph is not None:
-        flat = delivery.images.reshape(-1, *delivery.images.shape[2:])
-        features, logits = nnx.merge(graph, state)(flat)
-        found["features"] = features.reshape(*size, -1)
-        if truth is not None:
-            labels, stated = (jnp.repeat(x, size[1], axis=0) for x in truth)
-            share, _, _ = caption_accuracy(labels_from_logits(logits), labels, stated)
-            found["caption_accuracy"] = share.reshape(size)
-    return found
-
-
-def _compare(delivery: Delivery, source: Source) -> dict[str, Float[Array, "b r"]]:
-    over = jax.vmap(jax.vmap(lambda a, b: (psnr(a, b), ssim(a, b)), (None, 0)))
-    quality, likeness = over(source.images, delivery.images)
-    return {"psnr_db": quality, "ssim": likeness}
-
-
 def generate_partial(pipe: StableDiffusion, texts: list[str], seed: int, config: SweepConfig, steps: int) -> np.ndarray:
     """Latents [n h w c] after `steps` of the server's steps, with the draws of `megjax.data.latents.generate`."""
     shard, table = 100, pipe.sampler(None, config.steps)
@@ -362,9 +305,14 @@ def make_bench(config: SweepConfig, model: str, seed: int, latents: Path, batch:
     statistics = SourceStatistics.load(folder, pipe.configs.vae.latent_channels)
     prompts = read_prompts(config, seed)
     pipe.sampler(None, config.steps)
-    bench = Bench(config, pipe, codec, statistics, scenenet, seed, prompts, latents / f"{folder.name}-{seed}", batch)
+    inception = None if config.inception is None else Inception.load(config.inception)
+    looks = scenenet, inception
+    bench = Bench(config, pipe, codec, statistics, *looks, seed, prompts, latents / f"{folder.name}-{seed}", batch)
     coded = None if codec is None else codec_digest(codec, config.codec)
-    return bench, {"model": model_digest(pipe), "codec": coded, "prompts": object_digest(prompts.texts)}
+    digests = {"model": model_digest(pipe), "codec": coded, "prompts": object_digest(prompts.texts)}
+    if inception is not None:
+        digests["inception"] = object_digest(nnx.state(inception))
+    return bench, digests
 
 
 def find_codec(config: SweepConfig, folder: Path, pipe: StableDiffusion) -> Any:

@@ -98,6 +98,8 @@ class SweepConfig:
     """Classifier-free guidance scale; 1 turns it off."""
     modulation: str = "16qam"
     """Of the uncoded pixels."""
+    inception: str | None = None
+    """Safetensors file with the Inception weights of FID, for the columns fid and kid; not shipped."""
 
     def __post_init__(self):
         require_positive_integers(self, "sweep", ("num_images", "realisations", "num_blocks", "steps"))

@@ -10,6 +10,9 @@ from PIL import Image
 from megjax.metrics import bootstrap_interval, frechet_interval, kernel_distance
 from megjax.sweep.bench import Bench
 
+RESAMPLES = 25
+"""Bootstrap resamples of a distance, whose spread alone is used."""
+
 
 def summarise(found: dict[str, np.ndarray], bench: Bench) -> dict[str, Any]:
     """Means, 95 % intervals bootstrapped over images, distances, and the mean of every image."""
@@ -28,7 +31,9 @@ def summarise(found: dict[str, np.ndarray], bench: Bench) -> dict[str, Any]:
         if name not in ("num_symbols", "energy"):
             row[f"{name}_values"] = per_image.astype(np.float32).tolist()
     if "features" in found:
-        row |= _distances(found["features"], bench)
+        row |= _distances(found["features"], bench.reference_features("scenenet"), "frechet", "kernel_distance")
+    if "inception" in found:
+        row |= _distances(found["inception"], bench.reference_features("inception"), "fid", "kid")
     if "pictures" in found:
         row["pictures"] = [encode_png(picture) for picture in found["pictures"][:, 0]]
         row["server_pictures"] = [encode_png(picture) for picture in bench.images[: len(row["pictures"])]]
@@ -43,13 +48,15 @@ def encode_png(picture: Float[np.ndarray, "H W 3"]) -> bytes:
     return buffer.getvalue()
 
 
-def _distances(features: Float[np.ndarray, "n r f"], bench: Bench) -> dict[str, float]:
-    """Frechet and kernel distances to the reference pictures, in SceneNet features."""
-    reference, flat = bench.reference_features, features.reshape(-1, features.shape[-1])
-    interval = frechet_interval(features, reference, paired=True, num_resamples=25)
-    row = {"frechet": interval.distance, "frechet_low": interval.low, "frechet_high": interval.high}
+def _distances(
+    features: Float[np.ndarray, "n r f"], reference: Float[np.ndarray, "n f"], frechet: str, kernel: str
+) -> dict[str, float]:
+    """Frechet and kernel distances to the reference pictures, under these names."""
+    flat = features.reshape(-1, features.shape[-1])
+    interval = frechet_interval(features, reference, paired=True, num_resamples=RESAMPLES)
+    row = {frechet: interval.distance, f"{frechet}_low": interval.low, f"{frechet}_high": interval.high}
     subset = min(500, len(reference) // 2)
     if subset < 2:
         return row
     distance, error = kernel_distance(flat, reference, num_subsets=20, subset_size=subset)
-    return row | {"kernel_distance": distance, "kernel_distance_error": error}
+    return row | {kernel: distance, f"{kernel}_error": error}
