@@ -220,11 +220,15 @@ class StableDiffusion:
         latents = generation.generate_latents(self.graphs, params, table, key, ids, **options)
         return generation.decode(self.graphs, params, latents, decode_batch)
 
-    def decode(self, latents: Float[Array | np.ndarray, "b h w c"], batch_size: int | None = None) -> Float[Array, "b H W 3"]:
+    def decode(
+        self, latents: Float[Array | np.ndarray, "b h w c"], batch_size: int | None = None
+    ) -> Float[Array, "b H W 3"]:
         """Images in [0, 1] of latents, at most `batch_size` at a time."""
         return self._decode(self.params, latents, batch_size=batch_size)
 
-    def encode(self, images: Float[Array | np.ndarray, "b H W 3"], batch_size: int | None = None) -> Float[Array, "b h w c"]:
+    def encode(
+        self, images: Float[Array | np.ndarray, "b H W 3"], batch_size: int | None = None
+    ) -> Float[Array, "b h w c"]:
         """Mean latents of images in [0, 1], scaled as the U-Net sees them."""
         return self._encode(self.params, images, batch_size=batch_size)
 
