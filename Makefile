@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 
-.PHONY: install peers demo channel codec power figures benchmark aot quality test test-slow lint format clean
+.PHONY: install peers tpu demo channel codec power figures benchmark aot quality test test-slow lint format clean
 
 # Everything: the library, what tests and linting need, and the tools of the README.
 install: .venv/test.stamp
@@ -29,9 +29,11 @@ peers: .venv/peers.stamp
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[peers]'
 	@touch $@
 
-# libtpu, which compiles for TPUs on any Linux machine.
+# libtpu, which compiles for TPUs on any Linux machine; kept apart, as JAX looks for a TPU wherever it finds it.
+tpu: .venv/tpu.stamp
+
 .venv/tpu.stamp: .venv/run.stamp
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[tpu]'
+	$(PIP) install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/libtpu libtpu
 	@touch $@
 
 # Prompts of your own: .venv/bin/python -m eval.generate "a red house under a night sky"
@@ -87,10 +89,13 @@ benchmark: .venv/run.stamp
 # Every job compiled for TPU topologies on this machine, no TPU needed: about two minutes each for Stable Diffusion's sizes.
 # What benchmarks/aot/ holds already is only traced, so this can be stopped and started again.
 aot: .venv/tpu.stamp
-	TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m eval.aot --all --table docs/tpu.md
+	TPU_SKIP_MDS_QUERY=1 PYTHONPATH=.venv/libtpu $(BIN)/python -m eval.aot --all --table docs/tpu.md
 
 quality: .venv/run.stamp
 	$(BIN)/python -m eval.quality
+
+# With `make tpu` before it, programs are compiled for TPUs too.
+test test-slow: export PYTHONPATH := $(if $(wildcard .venv/libtpu),$(CURDIR)/.venv/libtpu)
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest -n auto --dist worksteal
