@@ -24,7 +24,7 @@ PRESETS = {
     "latents": SweepConfig(
         schemes=("seed", "seed-klt", "latent", "opta"),
         snr_db=(-10.0, 0.0, 10.0),
-        rates=(1.0, 2.0, 4.0, 8.0),
+        rates=(1.0, 2.0, 4.0),
         modes=("equal_energy",),
         metrics="latent",
         realisations=100,
@@ -41,7 +41,7 @@ PRESETS = {
         snr_db=(-5.0, 0.0, 5.0),
         server_steps=(0, 20),
         modes=("equal_energy",),
-        num_images=1000,
+        num_images=500,
         realisations=1,
     ),
 }

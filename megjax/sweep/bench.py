@@ -36,6 +36,7 @@ from megjax.sweep.config import (
 from megjax.sweep.receive import PICTURES, devices_for, receive
 from megjax.system import (
     BlockWeights,
+    Code,
     Simulator,
     Source,
     SourceStatistics,
@@ -45,6 +46,7 @@ from megjax.system import (
     measured_weights,
     num_symbols,
 )
+from megjax.system.image_codec import OPTIONS, compress
 from megjax.units import db_to_linear, linear_to_db
 
 IMAGE_CODEC_SCENES = 400
@@ -248,7 +250,20 @@ class Bench:
         mesh = devices_for(len(images), point.scheme == "latent-wiener")
         levels = np.float32(point.snr_db), np.float32(self.config.guidance)
         common = (states, self.key, simulator.params, *levels, numbers)
-        return receive(simulator, graphs, shown, mesh, *common, source, self.ids[part], images, truth)
+        code = self._coded(simulator, point, part) if point.scheme == "centralized-coded" else None
+        return receive(simulator, graphs, shown, mesh, *common, source, self.ids[part], images, truth, code)
+
+    def _coded(self, simulator: Simulator, point: Point, part: slice) -> Code:
+        """The coded images of a batch: the host compresses them once for each quality, outside of compiled programs."""
+        table = simulator.params["codec"]
+        choice = int(table.choice[int(np.argmin(np.abs(np.asarray(table.snr_db) - point.snr_db)))])
+        sizes, decoded = self.compressed(choice)
+        return simulator.link.from_compressed(table, sizes[part], decoded[part], point.snr_db, simulator.energy)
+
+    @functools.cache  # noqa: B019
+    def compressed(self, choice: int) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes [n] and decoded images of the server's images by one of `megjax.system.image_codec.OPTIONS`."""
+        return compress(self.images, *OPTIONS[choice])
 
     @functools.cache  # noqa: B019
     def partial_latents(self, steps: int) -> np.ndarray:

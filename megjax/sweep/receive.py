@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from megjax.metrics import psnr, ssim
 from megjax.metrics.scenenet import caption_accuracy, labels_from_logits
-from megjax.system import Delivery, Simulator, Source
+from megjax.system import Code, Delivery, Simulator, Source
 
 PICTURES = 4
 """First images of a point that are kept as pictures, as the first realisation brings them."""
@@ -35,11 +35,13 @@ def receive(simulator: Simulator, graphs, shown: bool, mesh: Mesh, *values) -> d
 
     No device waits for another. `graphs` are those of SceneNet and of Inception, None where there is none; `values` are
     their states, key and parameters of the simulator, SNR, guidance and realisations, and by image the source, token
-    ids, numbers and (labels, stated) or None.
+    ids, numbers, (labels, stated) or None, and the code where the host makes it.
     """
-    common, each = (PartitionSpec(),) * 6, (PartitionSpec("data"),) * 4
+    whole, split = PartitionSpec(), PartitionSpec("data")
+    code = None if values[-1] is None else Code(split, whole, split, split, whole)
+    specs = (whole,) * 6 + (split,) * 4 + (code,)
     share = functools.partial(_receptions, simulator, graphs, shown)
-    spread = jax.shard_map(share, mesh=mesh, in_specs=common + each, out_specs=PartitionSpec("data"), check_vma=False)
+    spread = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
     return spread(*values)
 
 
@@ -57,9 +59,10 @@ def _receptions(
     ids,
     images,
     truth,
+    code,
 ) -> dict[str, Array]:
     delivery = simulator.deliver(
-        key, params, source, ids, snr_db, images, numbers, guidance_scale=guidance, generate=shown
+        key, params, source, ids, snr_db, images, numbers, guidance_scale=guidance, generate=shown, code=code
     )
     size = delivery.gains.shape[:2]
     found: dict[str, Array] = {

@@ -157,13 +157,24 @@ class CodedImageLink:
 
     def code(self, params: ImageCodecTable, source: Source, snr_db: Float[ArrayLike, ""], energy: float | None) -> Code:
         """As in `Link`; K and P are those of each image."""
-        nearest = jnp.argmin(jnp.abs(params.snr_db - snr_db))
-        rate, batch = params.rate[nearest], len(source.images)
-        shapes = jax.ShapeDtypeStruct((batch,), jnp.float32), jax.ShapeDtypeStruct(source.images.shape, jnp.float32)
-        arguments = source.images, params.choice[nearest]
-        sizes, decoded = jax.pure_callback(_compress_choice, shapes, *arguments, vmap_method="sequential")
-        count = jnp.ceil(8 * sizes / rate)
-        return Code(decoded, rate, count, mean_power(count, energy), jnp.ones(self.num_blocks))
+        choice = params.choice[jnp.argmin(jnp.abs(params.snr_db - snr_db))]
+        sizes = jax.ShapeDtypeStruct((len(source.images),), jnp.float32)
+        shapes = sizes, jax.ShapeDtypeStruct(source.images.shape, jnp.float32)
+        made = jax.pure_callback(_compress_choice, shapes, source.images, choice, vmap_method="sequential")
+        return self.from_compressed(params, *made, snr_db, energy)
+
+    def from_compressed(
+        self,
+        params: ImageCodecTable,
+        sizes: Float[Array | np.ndarray, " b"],
+        decoded: Float[Array | np.ndarray, "b H W 3"],
+        snr_db: Float[ArrayLike, ""],
+        energy: float | None,
+    ) -> Code:
+        """`code` from the bytes [b] and the decoded images [b H W 3] of the SNR's choice, which the host has made."""
+        rate = params.rate[jnp.argmin(jnp.abs(params.snr_db - snr_db))]
+        count = jnp.ceil(8 * jnp.asarray(sizes, jnp.float32) / rate)
+        return Code(jnp.asarray(decoded), rate, count, mean_power(count, energy), jnp.ones(self.num_blocks))
 
     def transmit(self, params, key, payload, shared, gains, power, noise_var) -> Float[Array, "H W 3"]:
         """As in `Link`; `key` is unused, as noise is in the capacity."""

@@ -154,13 +154,15 @@ class Simulator:
         negative_ids: Int[ArrayLike, "b l"] | None = None,
         guidance_scale: Float[ArrayLike, ""] = 3.0,
         generate: bool = True,
+        code: Code | None = None,
     ) -> Delivery:
         """From CSI to image generation at the UE, over these realisations of the link for images of these numbers.
 
         The latents are the server's, whatever the number of realisations. `ids` are read by devices that denoise;
-        without `generate` no image is made of received latents, and `images` is None.
+        without `generate` no image is made of received latents, and `images` is None. `code` is what the link makes of
+        the source at this SNR, if that is known already.
         """
-        code = self.link.code(params["codec"], source, snr_db, self.energy)
+        code = self.link.code(params["codec"], source, snr_db, self.energy) if code is None else code
         received, gains, power = self._over_the_air(key, params, code, snr_db, images, realisations)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), received)
         decoded = self.link.decode(params["codec"], flat, code.shared)
