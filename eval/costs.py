@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pandas as pd
 import tyro
 from rich.console import Console
@@ -58,7 +59,8 @@ def run(args: Arguments) -> pd.DataFrame:
     pipe, codec = StableDiffusion.from_pretrained(folder), SeedCodec.from_pretrained(folder / "codec")
     latents = codec.validation
     require(latents is not None, "--model", args.model, "a model whose codec has validation latents")
-    pictures = pipe.decode(latents[:200], 20)
+    latents = jnp.asarray(latents[:200])
+    pictures = pipe.decode(latents, 20)
     options = {"mode": "equal_power", "rate": args.rate, "num_steps": args.steps}
     table = fit_image_codec(jax.random.key(0), pictures, RayleighFading(), [args.snr_db])
     rows, ids = [], pipe.tokenize(["a house"])
@@ -66,7 +68,7 @@ def run(args: Arguments) -> pd.DataFrame:
         made = make_simulator(
             pipe, codec, scheme, None, "equal", variant=variant, image_codec=table, **(options | more)
         )
-        count = None if hasattr(made.link, "num_symbols") else _mean_symbols(made, latents[:200], pictures, args)
+        count = None if hasattr(made.link, "num_symbols") else _mean_symbols(made, latents, pictures, args)
         cost = scheme_cost(made, measure_work(made, ids), args.resources, count)
         rows.append({"scheme": name, **dataclasses.asdict(cost), "latency_s": cost.latency_s})
     frame = pd.DataFrame(rows).assign(**dataclasses.asdict(args.resources), steps=args.steps, coded_snr_db=args.snr_db)

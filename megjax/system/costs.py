@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from megjax.configs import require
-from megjax.cost import cost_of, shapes_of
+from megjax.cost import cost_of
 from megjax.diffusion import generation
 from megjax.system.links import Source
 from megjax.system.simulator import Simulator
@@ -70,20 +71,20 @@ class SchemeCost:
 
 
 def measure_work(simulator: Simulator, ids: Array | np.ndarray) -> Work:
-    """Operations of the stages of a simulator for one image, each compiled alone from shapes and counted by XLA.
+    """Operations of the stages of a simulator for one image, each compiled alone and counted by XLA.
 
     `ids` [b l] are token ids of any prompt. The host's image codec is not counted. Raises ValueError if the backend has
     no cost analysis.
     """
     graphs, params = simulator.graphs, simulator.params
-    shapes, one = shapes_of(jax.tree.map(jnp.asarray, params)), jax.ShapeDtypeStruct((1, ids.shape[1]), jnp.int32)
+    one = jax.ShapeDtypeStruct((1, ids.shape[1]), jnp.int32)
     latent = jax.ShapeDtypeStruct((1, *simulator.latent_shape), jnp.float32)
     level = jax.ShapeDtypeStruct((), jnp.float32)
 
     def text(params, ids):
         return generation.prompt_features(graphs, params, ids, ids if simulator.guided else None)
 
-    features = jax.eval_shape(text, shapes, one)
+    features = jax.eval_shape(text, params, one)
 
     def step(params, x, features):
         return generation.denoiser_for(graphs, params, *features, 3.0)(x, jnp.zeros((), jnp.int32))
@@ -94,8 +95,8 @@ def measure_work(simulator: Simulator, ids: Array | np.ndarray) -> Work:
     def code(params, latents, images, snr_db):
         return simulator.link.code(params["codec"], Source(latents, images, latents), snr_db, simulator.energy)
 
-    pixels = jax.eval_shape(image, shapes, latent)
-    coded = jax.eval_shape(code, shapes, latent, pixels, level)
+    pixels = jax.eval_shape(image, params, latent)
+    coded = jax.eval_shape(code, params, latent, pixels, level)
     payload = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), coded.payload)
     blocks = simulator.link.num_blocks
 
@@ -103,19 +104,25 @@ def measure_work(simulator: Simulator, ids: Array | np.ndarray) -> Work:
         return simulator.link.transmit(params["codec"], jax.random.key(0), payload, shared, gains, power, noise_var)
 
     link = jax.ShapeDtypeStruct((blocks,), jnp.complex64), jax.ShapeDtypeStruct((blocks,), jnp.float32), level
-    received = jax.eval_shape(receive, shapes, payload, coded.shared, *link)
+    received = jax.eval_shape(receive, params, payload, coded.shared, *link)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), received)
 
     def decode(params, received, shared):
         return simulator.link.decode(params["codec"], received, shared)
 
     return Work(
-        cost_of(text, shapes, one).flops,
-        cost_of(step, shapes, latent, features).flops,
-        cost_of(image, shapes, latent).flops,
-        cost_of(code, shapes, latent, pixels, level).flops,
-        cost_of(decode, shapes, batch, coded.shared).flops,
+        _flops(text, params, one),
+        _flops(step, params, latent, features),
+        _flops(image, params, latent),
+        _flops(code, params, latent, pixels, level),
+        _flops(decode, params, batch, coded.shared),
     )
+
+
+def _flops(stage: Callable, *args: PyTree) -> float:
+    """Operations of a stage; it is compiled as a function of leaves, which need not fit the classes of their trees."""
+    leaves, tree = jax.tree.flatten(args)
+    return cost_of(lambda *flat: stage(*jax.tree.unflatten(tree, flat)), *leaves).flops
 
 
 def scheme_cost(
