@@ -54,6 +54,7 @@ def run(args: Arguments) -> pd.DataFrame:
     """Count, print, save. ValueError on bad arguments, before any work."""
     require(check_snr_db(args.snr_db).ndim == 0, "--snr-db", args.snr_db, "one number in dB")
     prepare_output(args.output)
+    require(args.steps >= 20, "--steps", args.steps, "at least 20, of which split takes 20 at the server")
     folder = locate(args.model)
     require((folder / "codec").is_dir(), "--model", args.model, "a model with a codec")
     pipe, codec = StableDiffusion.from_pretrained(folder), SeedCodec.from_pretrained(folder / "codec")

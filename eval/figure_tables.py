@@ -205,6 +205,8 @@ def page(results: dict[str, pd.DataFrame], points: dict[str, list[Row]], cost_ta
         for name, f in results.items()
     }
     notes = images.iloc[-1]
+    known = (("device", "Device"), ("jax", "JAX"), ("python", "Python"), ("commit", "commit"))
+    about = ", ".join(f"{title} {notes[name]}" for name, title in known if name in notes)
     lines = [
         "# Results",
         "",
@@ -215,7 +217,7 @@ def page(results: dict[str, pd.DataFrame], points: dict[str, list[Row]], cost_ta
         "attributes that SceneNet finds. At equal energy every scheme radiates what the raw latent does at P = 1; at",
         "equal power P = 1 for all.",
         "",
-        f"Device {notes.device}, JAX {notes.jax}, Python {notes.python}, commit {notes.commit}. Images x realisations:",
+        f"{about}. Images x realisations:",
         ", ".join(f"{name} {size}" for name, size in sizes.items()) + ".",
         "",
         "## Schemes",
