@@ -61,7 +61,7 @@ def quality(frame: pd.DataFrame, path: Path) -> None:
             axis.grid(alpha=0.3)
             if name == "frechet":
                 axis.set_yscale("log")
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 0].legend(fontsize=7, framealpha=0.6, loc="center right")
     save(figure, path)
 
 
