@@ -68,8 +68,8 @@ power: .venv/run.stamp
 	cp outputs/power/map.png docs/power-map.png
 	cp outputs/power/learning.png docs/power-learning.png
 
-# Every figure and table of docs/results.md: sweeps that resume, costs, a PPO run. QUICK=1 is a small version in minutes,
-# in outputs/quick.
+# Every figure and table of docs/results.md: sweeps that resume, costs, a PPO run. QUICK=1 is a small version, in
+# outputs/quick.
 FIGURES := $(if $(QUICK),outputs/quick,outputs/sweeps)
 figures: export OPENBLAS_NUM_THREADS ?= 1
 figures: .venv/run.stamp

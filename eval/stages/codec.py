@@ -74,13 +74,13 @@ def cells(row) -> list[str]:
     ]
 
 
-def peer() -> ModuleType | None:
-    """The peer's module; None where PyTorch is not installed."""
+def peer(name: str = PEER) -> ModuleType | None:
+    """A peer's module; None where PyTorch is not installed."""
     try:
         importlib.import_module("torch")
     except ImportError:
         return None
-    return importlib.import_module(f"eval.peers.{PEER}")
+    return importlib.import_module(f"eval.peers.{name}")
 
 
 def megjax_contender(recipe: CodecRecipe, latents: np.ndarray, steps: int) -> Contender:

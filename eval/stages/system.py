@@ -1,7 +1,6 @@
 """Benchmark of the whole link: images received a second by scheme `seed`, next to a loop and to PyTorch."""
 
 import functools
-import importlib
 import math
 from types import ModuleType
 
@@ -9,14 +8,13 @@ import jax
 import numpy as np
 
 from eval.measure import Contender, Timing, measure
-from eval.stages.codec import compiler_problem
+from eval.stages.codec import EAGER, compiler_problem, peer
 from megjax.codec import SeedCodec
 from megjax.data.latents import over_devices
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.system import Simulator, make_simulator
 
 PEER = "torch_system"
-EAGER = "PyTorch, eager"
 SNR_DB, RATE, STEPS = 0.0, 4.0, 25
 COLUMNS = ["implementation", "images/s", "ms an image", "of eager PyTorch", "first call (s)"]
 
@@ -36,7 +34,7 @@ def run(
         Contender("megjax", whole.received),
         Contender("megjax, a loop over receptions", whole.loop),
     ]
-    peer_module = peer() if with_peers else None
+    peer_module = peer(PEER) if with_peers else None
     if peer_module is not None:
         others, notes = torch_contenders(peer_module, pipe, codec, latents, realisations)
         contenders += others
@@ -155,15 +153,6 @@ def cells(row) -> list[str]:
         "-" if ratio is None or np.isnan(ratio) else f"{ratio:.2f}",
         f"{row.first_call_s:.1f}",
     ]
-
-
-def peer() -> ModuleType | None:
-    """The peer's module; None where PyTorch is not installed."""
-    try:
-        importlib.import_module("torch")
-    except ImportError:
-        return None
-    return importlib.import_module(f"eval.peers.{PEER}")
 
 
 def torch_contenders(

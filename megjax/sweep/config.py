@@ -50,7 +50,7 @@ NAMES = {
     "opta": ("opta", ""),
 }
 """Names of schemes in a sweep -> scheme and variant of `megjax.system`; "opta" is the Gaussian limit of the latent."""
-LATENT_METRICS, IMAGE_METRICS = "latent", "image"
+LATENT_METRICS = "latent"
 
 
 @dataclasses.dataclass(frozen=True)
