@@ -29,6 +29,8 @@ SCHEMES = {
     "split, 1 device step": ("split", None, {"device_steps": 1}),
     "split, 5 device steps": ("split", None, {"device_steps": 5}),
     "split, 20 server and 5 device steps": ("split", None, {"device_steps": 5, "server_steps": 20}),
+    "split of the seed, 5 device steps": ("split", "seed", {"device_steps": 5}),
+    "prompt alone, 5 device steps": ("prompt", None, {"device_steps": 5}),
 }
 
 

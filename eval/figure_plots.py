@@ -23,6 +23,8 @@ TITLES = {
     "centralized-coded": "centralized, coded",
     "centralized-qam": "centralized, 16-QAM",
     "split": "split",
+    "split-seed": "split of the seed",
+    "prompt": "prompt alone",
 }
 COLOURS = {name: f"C{i}" for i, name in enumerate(TITLES)}
 MODES = {"equal_energy": "equal energy per image", "equal_power": "equal power per symbol"}
@@ -153,7 +155,7 @@ def power_map(frame: pd.DataFrame, path: Path) -> None:
 
 
 def split(frame: pd.DataFrame, path: Path) -> None:
-    """Quality of `split` over the device's steps, with decoding directly as level lines, by SNR."""
+    """Quality over the device's steps where it denoises, with decoding directly as level lines, by SNR."""
     columns = [("psnr_db", "image PSNR (dB)"), ("frechet", "SceneNet Frechet distance")]
     columns += [("caption_accuracy", "caption accuracy")]
     columns = [(name, title) for name, title in columns if name in frame and frame[name].notna().any()]
@@ -163,11 +165,12 @@ def split(frame: pd.DataFrame, path: Path) -> None:
     for row, level in enumerate(levels):
         for column, (name, label) in enumerate(columns):
             axis, here = axes[row, column], frame[frame.snr_db == level]
-            for i, (steps, rows) in enumerate(here[here.scheme == "split"].groupby("server_steps")):
-                title = "refines the finished latent" if steps == 0 else f"after {steps} server steps"
-                _line(axis, rows, "device_steps", name, f"split, {title}", f"C{i}")
-            for i, (scheme, rows) in enumerate(here[here.scheme != "split"].groupby("scheme", sort=False)):
-                axis.axhline(rows[name].iloc[0], color=f"C{i + 4}", linestyle="--", label=f"{TITLES[scheme]}, decoded")
+            lines, levels_only = here[here.device_steps > 0], here[here.device_steps == 0]
+            for i, ((scheme, steps), rows) in enumerate(lines.groupby(["scheme", "server_steps"], sort=False)):
+                title = TITLES[scheme] + (f", after {steps} server steps" if steps else "")
+                _line(axis, rows, "device_steps", name, title, f"C{i}", ":" if scheme == "prompt" else "-")
+            for i, (scheme, rows) in enumerate(levels_only.groupby("scheme", sort=False)):
+                axis.axhline(rows[name].iloc[0], color=f"C{i + 5}", linestyle="--", label=f"{TITLES[scheme]}, decoded")
             axis.set(xlabel="denoising steps at the device", ylabel=label, title=f"{level:g} dB")
             axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)

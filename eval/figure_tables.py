@@ -180,14 +180,14 @@ def distortion(frame: pd.DataFrame) -> str:
 
 
 def split(frame: pd.DataFrame) -> str:
-    """Quality of `split` and of decoding directly."""
+    """Quality where the device denoises and of decoding directly."""
     rows = []
     for level in sorted(frame.snr_db.unique()):
         for row in frame[frame.snr_db == level].to_dict("records"):
             name = TITLES[row["scheme"]] + ", decoded"
-            if row["scheme"] == "split":
-                server = "all" if row["server_steps"] == 0 else str(row["server_steps"])
-                name = f"split, server {server}, device {row['device_steps']}"
+            if row["device_steps"] > 0:
+                name = f"{TITLES[row['scheme']]}, device {row['device_steps']}"
+                name += f" after server {row['server_steps']}" if row["server_steps"] else ""
             cells = [f"{name}, {level:g} dB", interval(row["psnr_db"], row["psnr_db_low"], row["psnr_db_high"], ".2f")]
             for metric, form in (("frechet", ".1f"), ("caption_accuracy", ".3f")):
                 known = metric in row and pd.notna(row[metric])
@@ -264,13 +264,11 @@ def page(results: dict[str, pd.DataFrame], points: dict[str, list[Row]], cost_ta
         "",
         "## Split: denoising at the device",
         "",
-        f"K = 128 symbols, equal energy, {sizes['split']} realisation. `server all`: the finished latent is sent",
-        "and the device refines it; `server 20`: the latent after 20 of 25 steps is sent and the device finishes it.",
-        "",
-        "",
-        "The device also knows the prompt, and this model's images of one prompt differ little from seed to seed: much",
-        "of what `split` shows at low SNR comes from the prompt and the device's own model, not over the link. A",
-        "baseline that sends nothing is not part of the sweep.",
+        f"Equal energy, {sizes['split']} realisation. `split` sends the finished latent (K = 128), or the latent after",
+        "20 of 25 server steps, and the device denoises it; `split of the seed` (r = 4, K = 32) noises the decoded",
+        "latent again and denoises that; `prompt alone` sends nothing and generates from noise of the device's own,",
+        "which a device with the model can do anyway. This model's images of one prompt differ little from seed to",
+        "seed, so at low SNR much of what `split` shows comes from the prompt: compare with that line first.",
         "",
         "![Quality over device steps](results-split.png)",
         "",

@@ -37,7 +37,7 @@ PRESETS = {
         realisations=1,
     ),
     "split": SweepConfig(
-        schemes=("split", "latent", "latent-wiener", "seed"),
+        schemes=("split", "split-seed", "prompt", "latent", "latent-wiener", "seed"),
         snr_db=(-5.0, 0.0, 5.0),
         server_steps=(0, 20),
         modes=("equal_energy",),

@@ -37,6 +37,7 @@ from megjax.sweep.receive import PICTURES, devices_for, receive
 from megjax.system import (
     BlockWeights,
     Code,
+    SeedErrors,
     Simulator,
     Source,
     SourceStatistics,
@@ -49,6 +50,8 @@ from megjax.system import (
 from megjax.system.image_codec import OPTIONS, compress
 from megjax.units import db_to_linear, linear_to_db
 
+CODED = ("seed", "seed-klt", "latent-wiener", "split-seed", "opta")
+"""Schemes of a sweep that take a trained codec."""
 IMAGE_CODEC_SCENES = 400
 """Training pictures that the coded image's quality and rate are chosen on."""
 TABLE_KEY, RENDER_KEY = 2**32 - 1, 2**32 - 2
@@ -185,8 +188,10 @@ class Bench:
     def _make(self, point: Point, weights: BlockWeights | None) -> Simulator:
         scheme, variant = point.kind
         options: dict[str, Any] = {"num_steps": self.config.steps, "guided": self.config.guidance > 1}
-        if scheme == "split":
+        if point.device_steps:
             options |= {"device_steps": point.device_steps, "server_steps": point.server_steps or None}
+        if (scheme, variant) == ("split", "seed"):
+            options |= {"seed_errors": self.seed_errors(point.fading, point.rate)}
         if variant == "coded":
             options |= {"image_codec": self.image_codec(point.fading, point.mode)}
         return make_simulator(
@@ -207,12 +212,19 @@ class Bench:
             **options,
         )
 
+    @functools.cache  # noqa: B019
+    def seed_errors(self, fading: str, rate: float) -> SeedErrors:
+        """The prediction of a seed's error at this rate, for `split-seed`."""
+        options = {"variant": "seed", "rate": rate, "num_blocks": self.config.num_blocks}
+        made = make_simulator(self.pipe, self.codec, "split", find_fading(fading), **options)
+        return made.params["codec"].errors
+
     def _weights(self, point: Point):
         """Of a seed's blocks at the point's own effective SNR, where a policy asks."""
-        unasked = point.kind[0] != "seed" or point.policy in ("codec", "equal")
+        unasked = not point.sends_seed or point.policy in ("codec", "equal")
         if unasked or not isinstance(self.codec, SeedCodec):
             return None
-        plain = dataclasses.replace(point, policy="codec")
+        plain = dataclasses.replace(point, scheme="seed", policy="codec", device_steps=0)
         way = self.simulator(plain).link
         shape = self.pipe.latent_shape()
         power = num_symbols("latent", (), shape) / way.num_symbols if point.mode == "equal_energy" else 1.0
@@ -335,7 +347,7 @@ def find_codec(config: SweepConfig, folder: Path, pipe: StableDiffusion) -> Any:
     if config.codec is not None and ":" in config.codec:
         return load_object(config.codec, "codec", "encode")
     if config.codec is None and not (folder / "codec").is_dir():
-        needed = [name for name in config.schemes if name in ("seed", "seed-klt", "latent-wiener", "opta")]
+        needed = [name for name in config.schemes if name in CODED]
         require(not needed, "codec", None, f"given: the model has none, and {', '.join(needed)} needs it")
         return None
     codec = SeedCodec.from_pretrained(config.codec or folder / "codec")

@@ -44,6 +44,8 @@ NAMES = {
     "latent": ("latent", "symbol"),
     "latent-wiener": ("latent", "wiener"),
     "split": ("split", "latent"),
+    "split-seed": ("split", "seed"),
+    "prompt": ("prompt", "device"),
     "centralized": ("centralized", "analog"),
     "centralized-qam": ("centralized", "qam"),
     "centralized-coded": ("centralized", "coded"),
@@ -58,11 +60,12 @@ class SweepConfig:
     """Every combination of the lists is a point, but for what a scheme does not have (a rate, device steps)."""
 
     schemes: tuple[str, ...] = ("seed", "latent", "latent-wiener", "centralized", "centralized-coded")
-    """seed, seed-klt, latent, latent-wiener, split, centralized (analog), centralized-qam, centralized-coded, opta."""
+    """seed, seed-klt, latent, latent-wiener, split, split-seed, prompt (nothing sent), centralized (analog),
+    centralized-qam, centralized-coded, opta."""
     snr_db: tuple[float, ...] = (-10.0, -5.0, 0.0, 5.0, 10.0, 20.0)
     """SNRs of the link in dB, 1 / noise variance."""
     rates: tuple[float, ...] = (4.0,)
-    """Compression ratios of the seed."""
+    """Compression ratios of the seed (seed, seed-klt, split-seed, opta)."""
     fadings: tuple[str, ...] = ("rayleigh",)
     """rayleigh, awgn, rician:K_DB, nakagami:M, jakes:DOPPLER, gauss-markov:RHO, or module:attribute of your own."""
     policies: tuple[str, ...] = ("codec",)
@@ -73,7 +76,7 @@ class SweepConfig:
     peak_powers: tuple[float, ...] = (math.inf,)
     """Largest powers of a block in units of P, where a policy allocates."""
     device_steps: tuple[int, ...] = (1, 2, 5, 10)
-    """Denoising steps of the device (split)."""
+    """Denoising steps of the device (split, split-seed, prompt)."""
     server_steps: tuple[int, ...] = (0,)
     """Steps after which the server sends (split); 0 for all."""
     seeds: tuple[int, ...] = (0,)
@@ -164,22 +167,32 @@ class Point:
 
     def relevant(self) -> "Point":
         """The point without settings that its scheme does not have: rate, device steps, a load of its own."""
-        scheme, _ = self.kind
-        coded = scheme in ("seed", "opta")
-        policy = self.policy if scheme == "seed" or self.policy != "codec" else "equal"
+        scheme, variant = self.kind
+        seed = self.sends_seed
+        policy = self.policy if seed or self.policy != "codec" else "equal"
         return dataclasses.replace(
             self,
-            rate=float(self.rate) if coded else 1.0,
-            policy="equal" if scheme == "opta" else policy,
-            peak_power=float(self.peak_power),
-            device_steps=self.device_steps if scheme == "split" else 0,
-            server_steps=self.server_steps if scheme == "split" else 0,
+            rate=float(self.rate) if seed or scheme == "opta" else 1.0,
+            policy="equal" if scheme in ("opta", "prompt") else policy,
+            peak_power=math.inf if scheme == "prompt" else float(self.peak_power),
+            device_steps=self.device_steps if scheme in ("split", "prompt") else 0,
+            server_steps=self.server_steps if (scheme, variant) == ("split", "latent") else 0,
             snr_db=float(self.snr_db),
         )
 
+    @property
+    def sends_seed(self) -> bool:
+        """Whether a codec's seed crosses the link."""
+        return self.kind[0] == "seed" or self.kind[1] == "seed"
+
     def physics(self) -> "Point":
-        """The point that is measured: where K = K_latent, equal energy and equal power are the same."""
-        same = self.kind[0] in ("latent", "split") or (self.kind[0] in ("seed", "opta") and self.rate == 1.0)
+        """The point that is measured.
+
+        Where K = K_latent, equal energy and equal power are the same; SNR and fading do not matter to `prompt`.
+        """
+        if self.kind[0] == "prompt":
+            return dataclasses.replace(self, mode="equal_power", fading="rayleigh", snr_db=0.0)
+        same = self.kind[0] in ("latent", "split", "seed", "opta") and self.rate == 1.0
         return dataclasses.replace(self, mode="equal_power") if same else self
 
 

@@ -88,6 +88,8 @@ def _described(point: Point) -> dict[str, Any]:
 def _power(point: Point, measured: dict[Point, dict[str, Any]]) -> dict[str, float]:
     """Mean power P of the symbols, and the effective SNR P / sigma^2 in dB."""
     row = measured[point.physics()]
+    if row["num_symbols"] == 0:
+        return {"mean_power": 0.0, "effective_snr_db": -math.inf}
     mean = row["energy"] / row["num_symbols"]
     return {"mean_power": mean, "effective_snr_db": point.snr_db + float(linear_to_db(mean))}
 

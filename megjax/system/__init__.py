@@ -13,10 +13,19 @@ from megjax.system.build import (
 )
 from megjax.system.costs import Resources, SchemeCost, Work, measure_work, scheme_cost
 from megjax.system.image_codec import CodedImageLink, ImageCodecTable, fit_image_codec
-from megjax.system.links import AnalogLink, Code, Link, Noisy, QAMLink, Source, SplitConstants, SplitLink
+from megjax.system.links import AnalogLink, Code, Link, Noisy, QAMLink, Source
 from megjax.system.rewards import image_quality
 from megjax.system.simulator import BlockWeights, Delivery, Simulator, Transmission
 from megjax.system.source import STATISTICS_NAME, SourceStatistics
+from megjax.system.split import (
+    PromptLink,
+    SeedErrors,
+    SeedSplit,
+    SeedSplitLink,
+    SplitConstants,
+    SplitLink,
+    fit_seed_errors,
+)
 
 __all__ = [
     "AnalogLink",
@@ -29,11 +38,15 @@ __all__ = [
     "Link",
     "NUM_BLOCKS",
     "Noisy",
+    "PromptLink",
     "QAMLink",
     "SCHEMES",
     "Resources",
     "STATISTICS_NAME",
     "SchemeCost",
+    "SeedErrors",
+    "SeedSplit",
+    "SeedSplitLink",
     "Simulator",
     "Source",
     "SourceStatistics",
@@ -43,6 +56,7 @@ __all__ = [
     "Work",
     "codec_statistics",
     "fit_image_codec",
+    "fit_seed_errors",
     "image_quality",
     "latent_moments",
     "make_simulator",

@@ -20,9 +20,18 @@ from megjax.diffusion.pipeline import StableDiffusion
 from megjax.power import EqualPower, Policy, make_policy
 from megjax.system import simulator as simulators
 from megjax.system.image_codec import CodedImageLink, ImageCodecTable
-from megjax.system.links import AnalogLink, Link, QAMLink, SplitConstants, SplitLink
+from megjax.system.links import AnalogLink, Link, QAMLink
 from megjax.system.simulator import BlockWeights, Simulator, Transmission
 from megjax.system.source import SourceStatistics
+from megjax.system.split import (
+    PromptLink,
+    SeedErrors,
+    SeedSplit,
+    SeedSplitLink,
+    SplitConstants,
+    SplitLink,
+    fit_seed_errors,
+)
 from megjax.units import check_snr_db
 
 NUM_BLOCKS = 16
@@ -31,7 +40,8 @@ SCHEMES = {
     "centralized": ("analog", "qam", "coded"),
     "latent": ("symbol", "wiener"),
     "seed": ("learned", "klt"),
-    "split": ("latent",),
+    "split": ("latent", "seed"),
+    "prompt": ("device",),
 }
 """Schemes and their variants, the default first."""
 MODES = ("equal_power", "equal_energy")
@@ -72,14 +82,23 @@ def as_pytree(value: Any) -> Any:
     return Fixed(value) if len(leaves) == 1 and leaves[0] is value else value
 
 
-def num_symbols(scheme: str, image_shape: tuple[int, ...], latent_shape: tuple[int, ...], rate: float = 4.0) -> int:
+def num_symbols(
+    scheme: str,
+    image_shape: tuple[int, ...],
+    latent_shape: tuple[int, ...],
+    rate: float = 4.0,
+    variant: str | None = None,
+) -> int:
     """Complex channel uses K of one image.
 
     3HW/2 for analog pixels (`centralized`), hwc/2 for the raw `latent` and for `split`, hwc/(2r) for the `seed` at
-    compression ratio `rate`. ValueError for another scheme or a rate that gives no symbol.
+    compression ratio `rate` and for `split` in its variant "seed", 0 for `prompt`. ValueError for another scheme or a
+    rate that gives no symbol.
     """
     require(scheme in SCHEMES, "scheme", scheme, f"one of {tuple(SCHEMES)}")
-    if scheme == "seed":
+    if scheme == "prompt":
+        return 0
+    if scheme == "seed" or (scheme, variant) == ("split", "seed"):
         return link.symbols_at_rate(rate, int(np.prod(latent_shape)))
     return -(-int(np.prod(image_shape if scheme == "centralized" else latent_shape)) // 2)
 
@@ -126,6 +145,7 @@ def make_simulator(
     device_steps: int = 5,
     server_steps: int | None = None,
     weights: BlockWeights | None = None,
+    seed_errors: SeedErrors | None = None,
     peak_power: float = float("inf"),
     num_steps: int = 25,
     guided: bool = True,
@@ -138,17 +158,20 @@ def make_simulator(
       pipe: the diffusion model of server and device.
       codec: of the seed, a `SeedCodec` or anything with the methods of `megjax.codec.schemes.Scheme`; the statistics of
         a `SeedCodec` also serve the other schemes.
-      scheme, variant: of `SCHEMES`. `latent` is received symbol by symbol or by the full-covariance Wiener filter.
+      scheme, variant: of `SCHEMES`. `latent` is received symbol by symbol or by the full-covariance Wiener filter;
+        `split` sends the latent or its seed, `prompt` nothing.
       fading: a law of the gains (Rayleigh by default), anything with `sample(key, num_blocks)`.
       policy: of `megjax.power.POLICIES` or an object with `allocate`; "codec" is the load that the code asks for.
-      rate: compression ratio r of the seed.
+      rate: compression ratio r of the seed, of `split` too in its variant "seed".
       mode: of `MODES`.
-      mapping: of symbols to blocks; "ordered" for the seed and "interleaved" for the rest by default.
+      mapping: of an analog link's symbols to blocks; "ordered" for the seed and "interleaved" otherwise by default.
       modulation: of the uncoded pixels.
       image_codec: of the coded pixels, by `fit_image_codec` for this fading and mode.
       statistics: constants of analog pixels, and of raw latents without a `SeedCodec`.
-      device_steps, server_steps: denoising steps of `split`; the server takes all of its steps unless told how many.
+      device_steps: denoising steps of the device, of `split` and `prompt`.
+      server_steps: of `split` that sends a latent; all of them unless told how many.
       weights: importance of the blocks; by default measured on the codec's validation latents where a policy asks.
+      seed_errors: of `split` that sends a seed; by default fitted on the codec's validation latents for this fading.
       peak_power: largest power of a block in units of P.
       num_steps, guided, sampler: of the server's sampling.
       decode_batch: how many images the decoder holds at once.
@@ -173,18 +196,26 @@ def make_simulator(
         require(fits, "codec's latent shape", learned.latent_shape, f"the model's, {latent_shape}")
     table = pipe.sampler(sampler, num_steps)
     if server_steps is not None:
-        fits = scheme == "split" and 1 <= server_steps <= table.num_steps
-        require(fits, "server_steps", server_steps, f"from 1 to {table.num_steps}, with scheme 'split' only")
+        fits = (scheme, variant) == ("split", "latent") and 1 <= server_steps <= table.num_steps
+        allowed = f"from 1 to {table.num_steps}, with scheme 'split' only, and not with its variant 'seed'"
+        require(fits, "server_steps", server_steps, allowed)
+    mapped = scheme in ("seed", "latent") or variant in ("analog", "seed")
+    require(mapping is None or mapped, "mapping", mapping, f"None, as {variant!r} of {scheme!r} has its own")
     statistics = SourceStatistics() if statistics is None else statistics
     if learned is None and scheme in ("latent", "split"):
         fits = len(statistics.latent_mean) == latent_shape[2]
         require(fits, "statistics: latent_mean", statistics.latent_mean, f"of {latent_shape[2]} channels")
     parts = _Parts(pipe, codec, learned, statistics, rate, num_blocks, mapping, image_codec)
-    if scheme == "split":
+    made: tuple[Link, Any]
+    if scheme == "prompt":
+        made = PromptLink(latent_shape, device_steps, num_blocks), ()
+    elif variant == "seed":
+        made = parts.split_seed(device_steps, fading, seed_errors)
+    elif scheme == "split":
         level = 1.0 if server_steps is None else float(table.alpha_bars[server_steps])
         mean, std = latent_moments(learned, statistics)
         constants = SplitConstants(jnp.asarray(mean), jnp.mean(jnp.square(jnp.asarray(std))))
-        made: tuple[Link, Any] = SplitLink(latent_shape, device_steps, level, num_blocks), constants
+        made = SplitLink(latent_shape, device_steps, level, num_blocks), constants
     elif scheme == "centralized":
         made = parts.centralized(variant, modulation)
     else:
@@ -192,8 +223,9 @@ def make_simulator(
     way, parameters = made
     found = make_policy(policy, fading, num_blocks) if isinstance(policy, str) else policy
     budget = float(num_symbols("latent", (), latent_shape)) if mode == "equal_energy" else None
-    if weights is None and scheme == "seed" and found is not None and not isinstance(found, EqualPower):
-        weights = measured_weights(learned, way)
+    coded = scheme == "seed" or variant == "seed"
+    if weights is None and coded and found is not None and not isinstance(found, EqualPower):
+        weights = measured_weights(learned, way.analog if variant == "seed" else way)
     negative = np.asarray(pipe.tokenize([""])) if guided else None
     params = {
         **pipe.params,
@@ -276,6 +308,17 @@ class _Parts:
         ready = all(callable(getattr(self.codec, name, None)) for name in ("spending", "encode", "decode"))
         require(ready, "codec", self.codec, "a SeedCodec or an object with methods spending, encode and decode")
         return way, self.codec
+
+    def split_seed(self, device_steps: int, fading: Fading, errors: SeedErrors | None) -> tuple[Link, Any]:
+        """Link and parameters of the seed whose decoded latent the device denoises."""
+        way, code = self.analog("seed", "learned")
+        if errors is None:
+            latents = None if self.learned is None else self.learned.validation
+            require(
+                latents is not None, "codec", self.codec, "a SeedCodec with validation latents, or give seed_errors"
+            )
+            errors = fit_seed_errors(jax.random.key(0), code, way, latents, fading, WEIGHT_GRID_DB)
+        return SeedSplitLink(way, self.pipe.latent_shape(), device_steps), SeedSplit(as_pytree(code), errors)
 
     def _needs_codec(self, scheme: str, variant: str) -> SeedCodec:
         require(self.learned is not None, "codec", self.codec, f"a SeedCodec for the {variant!r} variant of {scheme!r}")

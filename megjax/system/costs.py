@@ -135,16 +135,17 @@ def scheme_cost(
 
     `num_symbols` is the mean K where it depends on the image (coded pixels). The server encodes the text and takes its
     steps, and finishes the image if pixels are sent; the device decodes, and finishes the image if latents are. A
-    device that denoises also encodes the text. Raises ValueError without a K.
+    device that denoises also encodes the text. Where nothing is sent the server does nothing. Raises ValueError
+    without a K.
     """
     resources = Resources() if resources is None else resources
     count = getattr(simulator.link, "num_symbols", num_symbols)
-    require(count is not None and count > 0, "num_symbols", count, "given and positive for images coded by the host")
+    require(count is not None and count >= 0, "num_symbols", count, "given for images coded by the host")
     steps = simulator.sampler.num_steps if simulator.server_steps is None else simulator.server_steps
     pixels, denoises = simulator.link.result == "images", simulator.link.result == "noisy"
-    server = work.text + steps * work.step + work.code + pixels * work.image
+    server = work.text + steps * work.step + work.code + pixels * work.image if count else 0.0
     device = work.decode + (not pixels) * work.image + denoises * (work.text + simulator.device_steps * work.step)
-    power = 1.0 if simulator.energy is None else simulator.energy / count
+    power = 1.0 if simulator.energy is None or not count else simulator.energy / count
     airtime = count / resources.bandwidth_hz
     image_size = math.prod(simulator.latent_shape[:2]) * _downsample(simulator) ** 2
     return SchemeCost(

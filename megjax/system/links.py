@@ -17,11 +17,9 @@ from megjax.channel import (
     MAPPINGS,
     bits_per_symbol,
     demodulate,
-    equalize_lmmse,
     equalize_zf,
     modulate,
     pack,
-    post_equalisation_snr,
     symbols_per_block,
     transmit,
     unpack,
@@ -206,88 +204,3 @@ def from_blocks(symbols: Complex[Array, "t n"], num_symbols: int) -> Complex[Arr
     """The inverse of `to_blocks`."""
     values = unpack(symbols, 2 * num_symbols, "interleaved").reshape(-1, 2) / np.float32(np.sqrt(2))
     return jax.lax.complex(values[:, 0], values[:, 1])
-
-
-class SplitConstants(NamedTuple):
-    """Mean [c] of the clean latents by channel and their mean variance about it: the parameters of a `SplitLink`."""
-
-    mean: Float[Array, " c"]
-    variance: Float[Array, ""]
-
-
-@dataclasses.dataclass(frozen=True)
-class SplitLink:
-    """A latent whose channel noise counts as diffusion noise, which the device's own denoising steps remove.
-
-    All symbols are spread over all blocks by a unitary, the DFT of the symbols with random signs. Both ends draw the
-    signs from the transmission's key: whatever the latents' correlation, every block then has the same mean power, and
-    what the blocks' different SNRs make of the other symbols is noise of zero mean. After LMMSE reception and
-    de-spreading the error is eps = mean_t 1 / (1 + gamma_t) everywhere, each block weighted by its symbols, hence the
-    SNR gamma = 1 / eps - 1. `level` is the noise level alpha-bar that the server stopped at, 1 when it finished. The
-    device starts `device_steps` steps at
-
-      alpha-bar' = alpha-bar / (1 + v / gamma), v = alpha-bar c^2 + 1 - alpha-bar,
-
-    c^2 the variance of clean latents, from the received latent scaled to that level: for c = 1 alpha-bar' =
-    alpha-bar gamma / (1 + gamma), and the input is sqrt((1 + gamma) / gamma) times the LMMSE estimate.
-    """
-
-    latent_shape: tuple[int, int, int]
-    device_steps: int = 5
-    level: float = 1.0
-    num_blocks: int = 16
-    result: ClassVar[str] = "noisy"
-
-    def __post_init__(self):
-        valid = isinstance(self.device_steps, int) and self.device_steps >= 1
-        require(valid, "device_steps", self.device_steps, "an integer of at least 1")
-        require(0 < self.level <= 1, "level", self.level, "in (0, 1]")
-        symbols_per_block(self.num_symbols, self.num_blocks)
-
-    @property
-    def num_symbols(self) -> int:
-        """K = hwc / 2, rounded up."""
-        return -(-int(np.prod(self.latent_shape)) // 2)
-
-    def _moments(self, params: SplitConstants) -> tuple[Float[Array, " c"], Float[Array, ""]]:
-        """Mean by channel and mean variance of what is sent."""
-        return np.sqrt(self.level) * params.mean, self.level * params.variance + 1 - self.level
-
-    def code(self, params: SplitConstants, source: Source, snr_db: Float[ArrayLike, ""], energy: float | None) -> Code:
-        """As in `Link`; the payload are the latents at zero mean and unit variance, not yet spread."""
-        mean, variance = self._moments(params)
-        values = (source.partial - mean[None, None, None]) / jnp.sqrt(variance)
-        power = mean_power(self.num_symbols, energy)
-        payload = values.reshape(len(values), -1)
-        return Code(payload, (), jnp.float32(self.num_symbols), power, jnp.ones(self.num_blocks))
-
-    def transmit(self, params, key, payload, shared, gains, power, noise_var) -> Noisy:
-        """As in `Link`."""
-        signs = jax.random.rademacher(jax.random.fold_in(key, 1), (self.num_symbols,), jnp.float32)
-        received = transmit(key, to_blocks(spread(payload, signs), self.num_blocks), gains, power, noise_var)
-        estimate = from_blocks(equalize_lmmse(received, gains, power, noise_var), self.num_symbols)
-        shares = jnp.asarray(symbols_per_block(self.num_symbols, self.num_blocks) / self.num_symbols, jnp.float32)
-        error = jnp.sum(shares / (1 + post_equalisation_snr(gains, power, noise_var)))
-        snr = jnp.maximum(1 / error - 1, 1e-6)
-        mean, variance = self._moments(params)
-        values = despread(estimate, signs, int(np.prod(self.latent_shape))).reshape(self.latent_shape)
-        unbiased = (1 + snr) / snr * values
-        noisy = mean[None, None] + jnp.sqrt(variance) * unbiased
-        alpha_bar = self.level / (1 + variance / snr)
-        return Noisy(jnp.sqrt(alpha_bar / self.level) * noisy, alpha_bar)
-
-    def decode(self, params: SplitConstants, received: Noisy, shared: PyTree) -> Noisy:
-        """As in `Link`: nothing is left to decode before the device denoises."""
-        return received
-
-
-def spread(values: Float[Array, " n"], signs: Float[Array, " k"]) -> Complex[Array, " k"]:
-    """Symbols, two values each, with these signs and then through the unitary DFT; an odd n is padded with a zero."""
-    pairs = jnp.pad(values, (0, values.shape[0] % 2)).reshape(-1, 2) / np.float32(np.sqrt(2))
-    return jnp.fft.fft(signs * jax.lax.complex(pairs[:, 0], pairs[:, 1]), norm="ortho")
-
-
-def despread(symbols: Complex[Array, " k"], signs: Float[Array, " k"], num_values: int) -> Float[Array, " n"]:
-    """The inverse of `spread`."""
-    plain = signs * jnp.fft.ifft(symbols, norm="ortho")
-    return (np.float32(np.sqrt(2)) * jnp.stack([plain.real, plain.imag], -1)).reshape(-1)[:num_values]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Float, Int, Integer, Key, PyTree
 
 from megjax.channel import symbols_per_block
@@ -184,11 +185,33 @@ class Simulator:
         """Power allocation for known gains, in units of P; without a policy the load that the code asks for."""
         policy = params["policy"]
         if policy is None:
-            return jnp.minimum(code.load, self.peak_power)
+            return jnp.minimum(self._load(code.load), self.peak_power)
         snr, table = 1 / noise_var, params["weights"]
         weights = jnp.ones_like(code.load) if table is None else table.at(linear_to_db(snr))
         problem = Problem(snr, weights, jnp.float32(gains.shape[0]), jnp.float32(self.peak_power))
         return policy.allocate(squared_magnitude(gains), problem)
+
+    def _load(self, load: Float[Array, " t"]) -> Float[Array, " t"]:
+        """A load that is known beforehand, scaled down to K P as a whole where longer blocks would take more."""
+        count = getattr(self.link, "num_symbols", None)
+        if not count or count % self.link.num_blocks == 0:
+            return load
+        shares = symbols_per_block(count, self.link.num_blocks).astype(np.float32) / np.float32(count)
+        return load / jnp.maximum(jnp.sum(load * shares), 1.0)
+
+    def _within_budget(self, power: Float[Array, " t"]) -> Float[Array, " t"]:
+        """Powers cut where blocks of different length would radiate more than K P; in order, so that it is causal."""
+        count = getattr(self.link, "num_symbols", None)
+        if not count or count % self.link.num_blocks == 0:
+            return power
+        lengths = jnp.asarray(symbols_per_block(count, self.link.num_blocks), jnp.float32)
+
+        def cut(left, block):
+            length, wanted = block
+            given = jnp.minimum(wanted, left / length)
+            return left - length * given, given
+
+        return jax.lax.scan(cut, jnp.float32(count), (lengths, power))[1]
 
     def _over_the_air(self, key, params, code: Code, snr_db, images, realisations):
         """CSI, power allocation and transmission: what is received [b r ...], gains and absolute power [b r t]."""
@@ -202,7 +225,7 @@ class Simulator:
             gain_key, noise_key = jax.random.split(key)
             gains = params["fading"].sample(gain_key, self.link.num_blocks)
             scaled = noise_var / mean_power
-            power = self.allocate(params, code, gains, scaled)
+            power = self._within_budget(self.allocate(params, code, gains, scaled))
             sent = (noise_key, payload, code.shared, gains, power, scaled)
             return self.link.transmit(params["codec"], *sent), gains, mean_power * power
 
@@ -236,6 +259,8 @@ class Simulator:
     def _block_shares(self, code: Code) -> Float[Array, "b r t"]:
         """Symbols in each block, fractions where K is known only when it runs."""
         blocks = self.link.num_blocks
+        if getattr(self.link, "num_symbols", None) == 0:
+            return jnp.zeros((1, 1, blocks))
         if hasattr(self.link, "num_symbols"):
             return jnp.asarray(symbols_per_block(self.link.num_symbols, blocks), jnp.float32)[None, None]
         return jnp.broadcast_to(code.num_symbols[:, None, None] / blocks, (len(code.num_symbols), 1, blocks))

@@ -20,7 +20,7 @@ def tiny_codec(tmp_path_factory):
     folder = tmp_path_factory.mktemp("codec")
     config = SeedCodecConfig(latent_shape=(4, 4, 4), tile=(4, 4), width=8, hidden=8, snr_steps=3, rate_steps=2)
     latents = np.random.default_rng(0).normal(size=(500, 4, 4, 4)).astype(np.float32)
-    SeedCodec(initial_network(config, latents)).save_pretrained(folder, np.float32)
+    SeedCodec(initial_network(config, latents), latents[:20]).save_pretrained(folder, np.float32)
     return folder
 
 

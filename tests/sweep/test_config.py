@@ -29,6 +29,18 @@ def test_a_point_has_only_what_its_scheme_has():
         assert point.policy == "equal" or point.scheme == "seed"
 
 
+def test_nothing_sent_is_one_measurement():
+    found = points(schemes=("prompt",), device_steps=(1, 5), rates=(2.0, 4.0), policies=("codec", "equal"))
+    assert len(found) == 2 * len(SMALL.modes) * len(SMALL.snr_db) and len({point.physics() for point in found}) == 2
+
+
+def test_a_split_seed_has_a_rate_a_load_and_device_steps():
+    found = points(schemes=("split-seed",), device_steps=(1, 5), rates=(2.0, 4.0), policies=("codec",))
+    assert {(point.rate, point.device_steps, point.policy) for point in found} == {
+        (rate, steps, "codec") for rate in (2.0, 4.0) for steps in (1, 5)
+    }
+
+
 def test_equal_energy_of_the_latent_is_equal_power():
     latent = [point for point in points() if point.scheme == "latent"]
     assert len(latent) == 2 and len({point.physics() for point in latent}) == 1

@@ -22,7 +22,7 @@ from megjax.sweep import read_points
 from megjax.system import codec_statistics
 from tests.sweep.conftest import ABOUT
 
-IMAGE_SCHEMES = ("seed", "latent", "split", "centralized")
+IMAGE_SCHEMES = ("seed", "latent", "split", "split-seed", "prompt", "centralized")
 
 
 def files(folder):
@@ -99,10 +99,11 @@ def test_images_are_compared(pictured):
     for name in ("psnr_db", "ssim", "frechet", "caption_accuracy"):
         inside = (frame[f"{name}_low"] <= frame[name] + 1e-6) & (frame[name] <= frame[f"{name}_high"] + 1e-6)
         assert inside.all(), name
-    assert frame.nmse.notna().tolist() == [True, True, True, False]  # pixels have no latents
-    assert frame.device_steps.tolist() == [0, 0, 1, 0]
-    assert frame.num_symbols.tolist() == [8, 32, 32, 3 * 32 * 32 // 2]
-    np.testing.assert_allclose(frame.energy, 32, rtol=1e-5)  # equal energy
+    assert frame.nmse.notna().tolist() == [True] * 5 + [False]  # pixels have no latents
+    assert frame.device_steps.tolist() == [0, 0, 1, 1, 1, 0]
+    assert frame.num_symbols.tolist() == [8, 32, 32, 8, 0, 3 * 32 * 32 // 2]
+    np.testing.assert_allclose(frame.energy, [32, 32, 32, 32, 0, 32], rtol=1e-5)  # equal energy
+    assert frame.effective_snr_db[4] == -np.inf
     assert all(len(row["psnr_db_values"]) == 6 for row in read_points(folder))
 
 

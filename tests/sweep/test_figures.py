@@ -26,7 +26,12 @@ def sweeps(sweep, tiny_model, tiny_codec, tmp_path_factory):
     sweep(folder / "latents", schemes=("seed", "latent", "opta"), rates=(1.0, 2.0), snr_db=(0.0,))
     policies = {"schemes": ("seed",), "policies": ("equal", "static", "codec"), "modes": ("equal_power",)}
     sweep(folder / "policies", rates=(2.0,), snr_db=(0.0,), **policies, **shown)
-    split = {"schemes": ("split", "latent"), "device_steps": (1,), "snr_db": (0.0,), "modes": ("equal_energy",)}
+    split = {
+        "schemes": ("split", "prompt", "latent"),
+        "device_steps": (1,),
+        "snr_db": (0.0,),
+        "modes": ("equal_energy",),
+    }
     sweep(folder / "split", **split, **shown)
     model = folder / "model"
     shutil.copytree(tiny_model, model)

@@ -21,6 +21,7 @@ CASES = [
     ("seed", "klt", "equal_energy", ("static",)),
     ("split", "latent", "equal_power", ("ppo", LOADED)),
     ("split", "latent", "equal_energy", ("inversion",)),
+    ("split", "seed", "equal_energy", ("codec", "static")),
 ]
 K_LATENT, REALISATIONS = 32, 20
 ROUNDING = 1e-5  # of sums of sixteen float32 numbers
@@ -64,10 +65,24 @@ def test_equal_energy_is_another_snr(make, deliver, source):
         np.testing.assert_allclose(at_energy.power, gain * at_power.power, rtol=1e-5)
 
 
-def test_blocks_of_different_length(make, deliver, source):
-    """K = 26 in 16 blocks: mean power keeps P, and energy counts ten blocks twice."""
-    delivery = deliver(make(rate=32 / 26, policy=LOADED), source, 3.0, 2)
+FIRST = LoadedPower(jnp.arange(16.0, 0.0, -1.0))
+
+
+@pytest.mark.parametrize("policy", ["codec", "equal", LOADED, FIRST])
+def test_blocks_of_different_length(make, deliver, source, policy):
+    """K = 26 in 16 blocks: neither mean power nor energy, which counts ten blocks twice, exceeds what P allows."""
+    delivery = deliver(make(rate=32 / 26, policy=policy), source, 3.0, 2)
     assert float(delivery.num_symbols[0]) == 26
-    lengths = np.repeat([2, 1], [10, 6])
-    np.testing.assert_allclose(delivery.power.mean(2), 1, rtol=ROUNDING)
-    np.testing.assert_allclose(delivery.energy, (np.asarray(delivery.power) * lengths).sum(2), rtol=ROUNDING)
+    power, energy, lengths = np.asarray(delivery.power), np.asarray(delivery.energy), np.repeat([2, 1], [10, 6])
+    np.testing.assert_allclose(energy, (power * lengths).sum(2), rtol=ROUNDING)
+    assert power.mean(2).max() <= 1 + ROUNDING and energy.max() <= 26 * (1 + ROUNDING)
+    if policy is FIRST:  # wants 298 / 17 > 26 x 16 / 16 in all, so the last blocks are cut
+        np.testing.assert_allclose(energy, 26, rtol=ROUNDING)
+        np.testing.assert_allclose(power[..., 0], 32 / 17, rtol=ROUNDING)
+    if policy == "equal":
+        np.testing.assert_allclose(power, 1, rtol=ROUNDING)
+
+
+def test_nothing_sent_radiates_nothing(make, deliver, source):
+    delivery = deliver(make("prompt", mode="equal_energy"), source, 3.0, 2)
+    assert np.all(np.asarray(delivery.energy) == 0) and np.all(np.asarray(delivery.num_symbols) == 0)

@@ -19,7 +19,8 @@ from megjax.system import (
     latent_moments,
     num_symbols,
 )
-from megjax.system.links import _from_bits, _scrambling, _to_bits, despread, from_blocks, spread, to_blocks
+from megjax.system.links import _from_bits, _scrambling, _to_bits, from_blocks, to_blocks
+from megjax.system.split import despread, spread
 
 MEAN, STD = jnp.asarray([0.5, -0.2, 0.0, 0.1]), jnp.asarray([1.2, 0.8, 1.0, 0.9])
 BLOCKS = 16
@@ -67,6 +68,8 @@ def test_symbol_counts():
     assert num_symbols("centralized", (64, 64, 3), (8, 8, 4)) == 3 * 64 * 64 // 2
     assert num_symbols("latent", (64, 64, 3), (8, 8, 4)) == num_symbols("split", (), (8, 8, 4)) == 128
     assert num_symbols("seed", (64, 64, 3), (8, 8, 4), rate=4.0) == 32
+    assert num_symbols("split", (64, 64, 3), (8, 8, 4), rate=4.0, variant="seed") == 32
+    assert num_symbols("prompt", (64, 64, 3), (8, 8, 4)) == 0
     assert QAMLink((64, 64, 3)).num_symbols == 8 * 64 * 64 * 3 // 4
     assert QAMLink((4, 4, 3), "64qam").num_symbols == 64  # 384 bits
     assert QAMLink((4, 5, 3), "1024qam").num_symbols == 48
