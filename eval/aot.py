@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from eval import aot_tables
 from eval.aot_jobs import JOBS, MODELS, Jobs, Program
+from eval.measure import console
 from megjax.configs import read_json, require, require_positive_integers, write_json
 from megjax.cost import cost_of_compiled, roofline
 from megjax.runtime import command
@@ -57,8 +57,9 @@ def plan(folder: Path) -> list[tuple[Path, str, str]]:
     chips = [folder / f"{name}.json" for name in ("v5e-8", "v6e-8", "v5p-4", "v4-4", "tpu7x-4")]
     rest = sorted(path for path in folder.glob("*.json") if path not in chips)
     listed = [(first, job, "scenes") for job in ("codec", "power", "sweep", "generate", "ldm")]
-    listed += [(path, "generate", "sd15") for path in chips]
-    listed += [(first, "ldm", "sd15"), (first, "sweep", "sd15"), (first, "codec", "sd15")]
+    listed += [(first, "ldm", "sd15"), *((path, "generate", "sd15") for path in chips)]
+    listed += [(first, "sweep", "sd15"), (first, "codec", "sd15")]
+    listed += [(folder / f"{name}.json", "ldm", "sd15") for name in ("v5e-64", "v5e-256")]
     listed += [(path, job, "scenes") for path in chips[1:] for job in ("codec", "power")]
     listed += [(path, "generate", "sd15") for path in rest]
     listed += [(first, "generate", "sd21"), *((path, "ldm", "sd15") for path in chips[1:])]
@@ -148,7 +149,7 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(f"roofline: {name}", f"{1e3 * seconds:.3f} ms")
     table.add_row(f"at most, all {result['devices']} devices", f"{result['items_per_second']:.4g} {result['unit']}/s")
     table.add_row("compiled in", f"{result['compile_seconds']} s")
-    Console().print(table)
+    console().print(table)
 
 
 def run(args: Arguments) -> list[dict[str, Any]]:

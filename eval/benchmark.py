@@ -7,10 +7,9 @@ from typing import Literal
 
 import pandas as pd
 import tyro
-from rich.console import Console
 from rich.table import Table
 
-from eval.measure import ROOT, environment, num_cores
+from eval.measure import ROOT, console, environment, num_cores
 from eval.stages import channel, codec, power, system
 from megjax.configs import read_json, require, require_positive_integers, write_json, write_text
 from megjax.runtime import command, use_cpu_devices
@@ -127,7 +126,7 @@ LAYOUTS = {"channel": (COLUMNS, cells)} | {
 
 def show(result: dict) -> None:
     """Print one table per case and batch."""
-    console = Console()
+    screen = console()
     columns, line = LAYOUTS[result["stage"]]
     frame = pd.DataFrame(result["rows"])
     for (case, batch), group in frame.groupby(["case", "batch"], sort=False):
@@ -136,11 +135,11 @@ def show(result: dict) -> None:
             table.add_column(column, no_wrap=column == columns[0])
         for row in group.itertuples():
             table.add_row(*line(row))
-        console.print(table)
+        screen.print(table)
     for name in result["missing_peers"]:
-        console.print(f"{name}: not installed; `make peers` installs it")
+        screen.print(f"{name}: not installed; `make peers` installs it")
     for note in result["notes"]:
-        console.print(note)
+        screen.print(note)
 
 
 def write_tables(folder: Path, path: Path) -> None:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pandas as pd
 import tyro
-from rich.console import Console
 from rich.table import Table
 
+from eval.measure import console
 from megjax.channel import RayleighFading
 from megjax.codec import SeedCodec
 from megjax.configs import require
@@ -95,7 +95,7 @@ def show(frame: pd.DataFrame) -> None:
         cells = [row.scheme, f"{row.num_symbols:,.0f}", f"{row.bandwidth_ratio:.4f}", f"{1e3 * row.airtime_s:.2f} ms"]
         cells += [f"{1e6 * row.energy_j:.1f} uJ", f"{row.server_flops / 1e9:.2f} G", f"{row.device_flops / 1e9:.2f} G"]
         table.add_row(*cells, f"{1e3 * row.latency_s:.2f} ms")
-    Console().print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

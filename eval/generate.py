@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import tyro
-from rich.console import Console
 from rich.table import Table
 
+from eval.measure import console
 from megjax.channel import RayleighFading
 from megjax.codec import SeedCodec
 from megjax.codec.link import check_symbols
@@ -163,7 +163,7 @@ def show(rows: list[dict], folder: Path) -> None:
         accuracy = "-" if np.isnan(row.caption_accuracy) else f"{100 * row.caption_accuracy:.0f} %"
         cells = (f"{row.snr_db:g}", f"{row.psnr_db:.1f}", f"{row.ssim:.3f}", accuracy)
         table.add_row(row.scheme, str(row.num_symbols), *cells)
-    Console().print(table)
+    console().print(table)
     print(f"pictures: {folder / 'grid.png'}\nnumbers:  {folder / 'metrics.json'}")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from rich.console import Console
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +87,12 @@ def environment() -> dict[str, Any]:
         "versions": _versions(),
         "commit": _commit(),
     }
+
+
+def console() -> Console:
+    """For tables: as wide as the terminal; 140 columns where the output goes to a file or a pipe."""
+    found = Console()
+    return found if found.is_terminal else Console(width=140)
 
 
 def num_cores() -> int:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import tyro
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from eval import power_plots
+from eval.measure import console
 from megjax.channel import Fading, GaussMarkovFading, JakesFading, RayleighFading
 from megjax.channel.numerics import squared_magnitude
 from megjax.codec import SeedCodec
@@ -154,13 +154,13 @@ def _error(values: np.ndarray) -> float:
 
 def show(frame: pd.DataFrame) -> None:
     """Print a table a setting."""
-    console = Console()
+    screen = console()
     for name, group in frame.groupby("setting", sort=False):
         table = Table("policy", *(f"{snr:g} dB" for snr in sorted(group.snr_db.unique())), title=name)
         for policy, rows in group.groupby("policy", sort=False):
             cells = [f"{r:.4f}" for r in rows.groupby("snr_db")["return"].mean()]
             table.add_row(policy, *cells)
-        console.print(table)
+        screen.print(table)
 
 
 def run(args: Arguments) -> pd.DataFrame:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import tyro
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from eval.measure import console
 from megjax.channel import RayleighFading
 from megjax.channel.numerics import squared_magnitude
 from megjax.codec import SeedCodec
@@ -130,7 +130,7 @@ def show(frame: pd.DataFrame) -> None:
     for row in frame.itertuples():
         interval = f"{row.over_equal:+.2f} [{row.over_equal_low:+.2f}, {row.over_equal_high:+.2f}]"
         table.add_row(row.mapping, f"{row.snr_db:g}", row.policy, f"{row.psnr_db:.2f}", interval)
-    Console().print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

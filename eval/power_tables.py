@@ -69,7 +69,8 @@ def _powers(policy, gains, energies, block: int, problem):
 def power_map(args: Arguments, learned: LearnedPower) -> pd.DataFrame:
     """Power of the middle block over gain and energy left for each block left, of the optimum and of PPO."""
     block, frames = args.blocks // 2, []
-    gains, energies = np.geomspace(0.02, 6, 40), np.linspace(0.05, 2.5, 40)
+    most = args.blocks / (args.blocks - block)  # nothing spent before
+    gains, energies = np.geomspace(0.02, 6, 40), np.linspace(0.05, most, 40)
     grid = jnp.asarray(gains, jnp.float32), jnp.asarray(energies * (args.blocks - block), jnp.float32)
     for name, policy in (("dp", causal_optimum(FADING, args.blocks)), ("ppo", learned)):
         for level in args.snr_db:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from rich.console import Console
 from rich.table import Table
 
+from eval.measure import console
 from megjax.channel import NoFading, RayleighFading
 from megjax.codec import SeedCodec
 from megjax.codec.recipe import PRESETS, specialist, train_codec
@@ -104,7 +104,7 @@ def show(rows: list[dict]) -> None:
     for row in rows:
         interval = f"{row['loss_db']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
         table.add_row(f"{row['snr_db']:g}", f"{row['rate']:g}", row["fading"], interval)
-    Console().print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ from typing import Annotated, Literal
 
 import pandas as pd
 import tyro
-from rich.console import Console
 from rich.table import Table
 
-from eval.measure import environment, num_cores
+from eval.measure import console, environment, num_cores
 from megjax.configs import require
 from megjax.runtime import command, prepare_output, use_cpu_devices
 from megjax.sweep import SweepConfig, run_sweep
@@ -96,7 +95,7 @@ def show(frame: pd.DataFrame, folder: Path) -> None:
         cells = [row["scheme"], row["mode"], f"{row['snr_db']:g}", *(str(row[name]) for name in lists)]
         values = (f"{row[name]:.3f}" if pd.notna(row[name]) else "-" for name, _ in present)
         table.add_row(*cells, f"{row['num_symbols']:,.0f}", *values)
-    Console().print(table)
+    console().print(table)
 
 
 def run(args: Arguments) -> list[pd.DataFrame]:

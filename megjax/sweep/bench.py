@@ -246,9 +246,11 @@ class Bench:
                 for name, value in self._receive(simulator, point, part, numbers, partial).items():
                     rows.setdefault(name, []).append(value)
             for name, values in jax.device_get(rows).items():
-                if name != "pictures" or name not in found:
-                    whole = values[0][:PICTURES] if name == "pictures" else np.concatenate(values, axis=1)
-                    found.setdefault(name, []).append(whole)
+                if name == "pictures":
+                    missing = PICTURES - sum(len(kept) for kept in found.get(name, ()))
+                    found.setdefault(name, []).append(values[0][: max(0, missing)])
+                else:
+                    found.setdefault(name, []).append(np.concatenate(values, axis=1))
             progress((part.stop - part.start) * self.config.realisations)
         return {name: np.concatenate(parts) for name, parts in found.items()}
 

@@ -104,7 +104,14 @@ def test_images_are_compared(pictured):
     assert frame.num_symbols.tolist() == [8, 32, 32, 8, 0, 3 * 32 * 32 // 2]
     np.testing.assert_allclose(frame.energy, [32, 32, 32, 32, 0, 32], rtol=1e-5)  # equal energy
     assert frame.effective_snr_db[4] == -np.inf
-    assert all(len(row["psnr_db_values"]) == 6 for row in read_points(folder))
+    assert all(len(row["psnr_db_values"]) == 6 and len(row["pictures"]) == 4 for row in read_points(folder))
+
+
+def test_as_many_pictures_from_small_batches(sweep, pictured, tmp_path):
+    sweep(tmp_path, metrics="image", schemes=("latent",), snr_db=(10.0,), batch=2)
+    (point,) = read_points(tmp_path)
+    (other,) = [row for row in read_points(pictured[1]) if row["scheme"] == "latent"]
+    assert len(point["pictures"]) == 4 and point["server_pictures"] == other["server_pictures"]
 
 
 def test_other_prompts_and_a_model_without_scenenet(sweep, config, tmp_path):
