@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
 from megjax.configs import from_mapping, require, require_positive_integers
-from megjax.diffusion.layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv, linear
+from megjax.diffusion.layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv, linear, narrow_conv
 from megjax.diffusion.transformer import Transformer2DModel
 
 DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
@@ -234,7 +234,7 @@ class UNet2DConditionModel(nnx.Module):
         self.mid_block = MidBlock(config, rngs=rngs)
         self.up_blocks = nnx.List([UpBlock(config, position, rngs=rngs) for position in range(len(widths))])
         self.conv_norm_out = GroupNorm(widths[0], config.norm_num_groups, config.norm_eps, dtype, rngs=rngs)
-        self.conv_out = conv(widths[0], config.out_channels, 3, dtype, rngs)
+        self.conv_out = narrow_conv(widths[0], config.out_channels, dtype, rngs)
         self.config = config
 
     def __call__(

@@ -9,7 +9,16 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from megjax.configs import from_mapping, require, require_positive_integers
-from megjax.diffusion.layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, attend, conv, linear
+from megjax.diffusion.layers import (
+    Downsample2D,
+    GroupNorm,
+    ResnetBlock2D,
+    Upsample2D,
+    attend,
+    conv,
+    linear,
+    narrow_conv,
+)
 
 NORM_EPS = 1e-6
 ONLY = {
@@ -171,7 +180,7 @@ class Decoder(nnx.Module):
             ]
         )
         self.conv_norm_out = GroupNorm(widths[-1], config.norm_num_groups, NORM_EPS, config.dtype, rngs=rngs)
-        self.conv_out = conv(widths[-1], config.out_channels, 3, config.dtype, rngs)
+        self.conv_out = narrow_conv(widths[-1], config.out_channels, config.dtype, rngs)
 
     def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W o"]:
         x = self.mid_block(self.conv_in(z))

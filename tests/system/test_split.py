@@ -15,9 +15,13 @@ BLOCKS = 16
 
 @pytest.fixture(scope="module")
 def received(make, latents):
-    """`received(snr_db)`: what devices have of 400 latents that the prediction was not fitted on, and the code."""
-    simulator = make("split", "seed", device_steps=1)
-    way, params, num = simulator.link, simulator.params["codec"], 400
+    """`received(snr_db)`: what devices have of 400 latents, the prediction being fitted on 500 others."""
+    simulator, num = make("split", "seed", device_steps=1), 400
+    way, params = simulator.link, simulator.params["codec"]
+    levels = (-10.0, 0.0, 5.0, 10.0, 20.0)
+    fading = RayleighFading()
+    errors = fit_seed_errors(jax.random.key(0), params.codec, way.analog, latents[500:], fading, levels)
+    params = params._replace(errors=errors)
 
     @jax.jit
     def run(params, values, snr_db):
@@ -31,7 +35,7 @@ def received(make, latents):
         found = jax.vmap(one)(jax.random.split(jax.random.key(8), num), code.payload)
         return found, way.analog.decode(params.codec, found[0], code.shared), way.decode(params, found, code.shared)
 
-    sent = jnp.asarray(latents[100 : 100 + num])
+    sent = jnp.asarray(latents[:num])
     return lambda snr_db: (sent, *run(params, sent, jnp.float32(snr_db)))
 
 
@@ -76,7 +80,8 @@ def test_coefficients_are_those_of_the_wiener_error():
     errors = fit_seed_errors(jax.random.key(1), as_pytree(Plain()), way, white, RayleighFading(), (0.0, 10.0))
     # 32 of 64 values are sent, two in each block; the others are received as zero.
     np.testing.assert_allclose(errors.coefficients[:, 0], 0.5, atol=0.03)
-    np.testing.assert_allclose(errors.coefficients[0, 1:], 2 / 64, atol=0.012)
+    np.testing.assert_allclose(errors.coefficients[:, 1:].mean(1), 2 / 64, rtol=0.1)
+    np.testing.assert_allclose(errors.coefficients[:, 1:], 2 / 64, atol=0.04)
 
 
 def test_nothing_sent_depends_on_the_draw_only(make, source):
@@ -99,7 +104,7 @@ def test_nothing_sent_depends_on_the_draw_only(make, source):
     [
         (lambda: SeedSplitLink(AnalogLink(32), (4, 4, 4), 0), "device_steps is 0"),
         (lambda: SeedSplitLink(AnalogLink(32), (4, 4, 4), 1, 0.0), r"renoise is 0\.0.*positive"),
-        (lambda: PromptLink((4, 4, 4), 1.5), r"device_steps is 1\.5"),
+        (lambda: PromptLink((4, 4, 4), 0), "device_steps is 0"),
     ],
 )
 def test_bad_input(construct, match):
