@@ -66,13 +66,14 @@ def run(args: Arguments) -> pd.DataFrame:
     pictures = pipe.decode(latents, 20)
     options = {"mode": "equal_power", "rate": args.rate, "num_steps": args.steps}
     table = fit_image_codec(jax.random.key(0), pictures, RayleighFading(), [args.snr_db])
-    rows, ids = [], pipe.tokenize(["a house"])
+    rows, ids, work = [], pipe.tokenize(["a house"]), None
     for name, (scheme, variant, more) in SCHEMES.items():
         made = make_simulator(
             pipe, codec, scheme, None, "equal", variant=variant, image_codec=table, **(options | more)
         )
         count = None if hasattr(made.link, "num_symbols") else _mean_symbols(made, latents, pictures, args)
-        cost = scheme_cost(made, measure_work(made, ids), args.resources, count)
+        work = measure_work(made, ids, work)
+        cost = scheme_cost(made, work, args.resources, count)
         rows.append({"scheme": name, **dataclasses.asdict(cost), "latency_s": cost.latency_s})
     frame = pd.DataFrame(rows).assign(**dataclasses.asdict(args.resources), steps=args.steps, coded_snr_db=args.snr_db)
     part = args.output / "costs.parquet.part"

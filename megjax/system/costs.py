@@ -70,11 +70,12 @@ class SchemeCost:
         return self.server_s + self.airtime_s + self.device_s
 
 
-def measure_work(simulator: Simulator, ids: Array | np.ndarray) -> Work:
+def measure_work(simulator: Simulator, ids: Array | np.ndarray, known: Work | None = None) -> Work:
     """Operations of the stages of a simulator for one image, each compiled alone and counted by XLA.
 
-    `ids` [b l] are token ids of any prompt. The host's image codec is not counted. Raises ValueError if the backend has
-    no cost analysis.
+    `ids` [b l] are token ids of any prompt. All but seed coding and decoding is taken from `known` if given: the work
+    of another scheme of the same pipeline and guidance. The host's image codec is not counted. Raises ValueError if the
+    backend has no cost analysis.
     """
     graphs, params = simulator.graphs, simulator.params
     one = jax.ShapeDtypeStruct((1, ids.shape[1]), jnp.int32)
@@ -110,10 +111,13 @@ def measure_work(simulator: Simulator, ids: Array | np.ndarray) -> Work:
     def decode(params, received, shared):
         return simulator.link.decode(params["codec"], received, shared)
 
+    common = (
+        (_flops(text, params, one), _flops(step, params, latent, features), _flops(image, params, latent))
+        if known is None
+        else (known.text, known.step, known.image)
+    )
     return Work(
-        _flops(text, params, one),
-        _flops(step, params, latent, features),
-        _flops(image, params, latent),
+        *common,
         _flops(code, params, latent, pixels, level),
         _flops(decode, params, batch, coded.shared),
     )
