@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jaxtyping
 import numpy as np
 import pytest
@@ -14,7 +15,15 @@ from tests.eval.conftest import tiny_model  # noqa: F401 (a fixture)
 ABOUT = {"commit": "0123456789ab", "device": "a processor"}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package", autouse=True)
+def fast_compile():
+    """Tiny models compile longer than they run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="package")
 def tiny_codec(tmp_path_factory):
     """Folder of a codec of latents [4 4 4]."""
     folder = tmp_path_factory.mktemp("codec")
@@ -24,7 +33,7 @@ def tiny_codec(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def config(tiny_model, tiny_codec):  # noqa: F811
     """Four points, latents only."""
     return SweepConfig(
@@ -42,13 +51,13 @@ def config(tiny_model, tiny_codec):  # noqa: F811
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def latents(tmp_path_factory):
     """Folder that all sweeps share."""
     return tmp_path_factory.mktemp("latents")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def sweep(config, latents):
     """Run the small sweep with these changes in a folder."""
 
@@ -60,7 +69,7 @@ def sweep(config, latents):
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def result(sweep, tmp_path_factory):
     """Table and folder of the small sweep."""
     folder = tmp_path_factory.mktemp("result")
