@@ -115,7 +115,7 @@ def run(args: Arguments) -> list[pd.DataFrame]:
 
 def main() -> None:
     use_cpu_devices(num_cores())  # one thread each: faster than all threads on one device
-    command("eval.sweep", lambda: run(tyro.cli(Arguments, description=__doc__)))
+    command("eval.sweep", lambda: run(tyro.cli(Arguments, description=__doc__)), many=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,20 @@
 """Process-wide settings that scripts, and only scripts, turn on."""
 
+import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
 from megjax.configs import require
+from megjax.processes import ProcessFailed, gather, is_first, joint, num_processes
+from megjax.sharding import start_processes
+
+SECONDS_TO_HEAR = 5.0
+"""How long a process that failed stays, so that others at a meeting hear why; those in a collective then lose it."""
 
 
 def enable_compilation_cache() -> Path:
@@ -35,19 +42,46 @@ def prepare_output(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process of a job may have been faster
     except OSError as error:
         raise ValueError(f"output folder {str(folder)!r} cannot be written: {error.strerror}") from None
 
 
-def command(name: str, run: Callable[[], object]) -> None:
-    """Run a script's body with the compilation cache on; bad input ends it with one line and status 1."""
+def command(name: str, run: Callable[[], object], *, many: bool = False) -> None:
+    """Run a script's body with the compilation cache on; bad input ends it with one line and status 1.
+
+    With `many`, it joins the job of several processes that it finds itself in, of which the first one prints: the body
+    must do with any number of them. An error in one ends all of them.
+    """
     enable_compilation_cache()
     try:
-        run()
+        if many:
+            start_processes()
+        with (
+            joint(),
+            open(os.devnull, "w") as nothing,
+            contextlib.redirect_stdout(sys.stdout if is_first() else nothing),
+        ):
+            run()
+        gather()
     except ValueError as error:
-        sys.exit(f"{name}: {error}")
+        _end(f"{name}: {error}")
     except OSError as error:
-        sys.exit(f"{name}: {error.filename or 'file'}: {error.strerror or error}")
+        _end(f"{name}: {error.filename or 'file'}: {error.strerror or error}")
+    except ProcessFailed as error:
+        _end(f"{name}: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if num_processes() == 1:
+            raise
+        _end(f"{name}: another process of the job may be lost: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _end(message: str) -> None:
+    """Exit with a message and status 1; in a job without JAX's own end, which waits for all processes."""
+    if num_processes() == 1:
+        sys.exit(message)
+    print(message, file=sys.stderr, flush=True)
+    time.sleep(SECONDS_TO_HEAR)
+    os._exit(1)

@@ -204,11 +204,16 @@ def _number(environ: Mapping[str, str], given: int | None, *names: str) -> int:
 
 
 def start_processes(
-    coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    heartbeat_seconds: int = 60,
 ) -> Any:
     """Join the other processes of the job, before any use of a device; returns what was found, None on a lone process.
 
-    Raises ValueError as `find_processes`, or if devices were used already.
+    A process that is not heard of for `heartbeat_seconds` counts as lost, and JAX ends the others with a message. All
+    processes of a job must give the same. Raises ValueError as `find_processes`, or if devices were used already.
     """
     found = find_processes(coordinator_address, num_processes, process_id)
     if found is None or jax.distributed.is_initialized():
@@ -216,7 +221,11 @@ def start_processes(
     method = "deactivate" if found.found_by == "address" else None
     try:
         jax.distributed.initialize(
-            found.coordinator_address, found.num_processes, found.process_id, cluster_detection_method=method
+            found.coordinator_address,
+            found.num_processes,
+            found.process_id,
+            cluster_detection_method=method,
+            heartbeat_timeout_seconds=heartbeat_seconds,
         )
     except RuntimeError as error:
         raise ValueError(f"cannot join the other processes: {str(error).splitlines()[0]}") from error

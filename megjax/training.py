@@ -21,6 +21,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from megjax.configs import read_json, require, write_json, write_text
+from megjax.processes import gather
 from megjax.termination import TerminationNotice
 
 WHOLE = PartitionSpec()
@@ -88,9 +89,30 @@ def init_state(config: FitConfig, params: PyTree) -> FitState:
 
 
 def data_mesh(num_shards: int) -> Mesh:
-    """A mesh of as many devices as divide `num_shards`, with the one axis "data"."""
-    size = max(n for n in range(1, jax.device_count() + 1) if num_shards % n == 0)
-    return Mesh(np.asarray(jax.devices()[:size]), ("data",))
+    """A mesh of as many devices as divide `num_shards`, with the one axis "data".
+
+    Of many processes all take part, with equally many devices each: one where there is only one shard, which then all
+    compute alike. Otherwise ValueError unless their number divides `num_shards`.
+    """
+    count = jax.process_count()
+    whole = num_shards == 1 or num_shards % count == 0
+    require(whole, "num_shards", num_shards, f"1 or a multiple of the number of processes, {count}")
+    shares = max(num_shards // count, 1)
+    size = max(n for n in range(1, jax.local_device_count() + 1) if shares % n == 0)
+    of_process = [[d for d in jax.devices() if d.process_index == index] for index in range(count)]
+    return Mesh(np.asarray([device for devices in of_process for device in devices[:size]]), ("data",))
+
+
+def shared(tree: PyTree, num_shards: int = 1) -> PyTree:
+    """Arrays that all processes hold alike, on the devices of `data_mesh`; as they are on the one device of one."""
+    if num_shards == 1 and jax.process_count() == 1:
+        return tree
+    return jax.device_put(tree, NamedSharding(data_mesh(num_shards), WHOLE))
+
+
+def own(tree: PyTree) -> PyTree:
+    """This process's copy of what `shared` has placed, for use with arrays of its own."""
+    return tree if jax.process_count() == 1 else jax.tree.map(lambda x: x.addressable_data(0), tree)
 
 
 def data_parallel(
@@ -233,7 +255,7 @@ def fit(
     description: dict[str, Any] | None = None,
     on_checkpoint: Callable[[FitState], None] | None = None,
 ) -> FitState:
-    """Minimise `loss_fn(params, data, key) -> (loss, metrics)` and return the final state.
+    """Minimise `loss_fn(params, data, key) -> (loss, metrics)` and return the final state, of many processes in each.
 
     Continues from the newest checkpoint in `folder`, to the bit as if it had never stopped; `params` are the start of a
     new run. A step averages `num_shards` draws of the loss, over the devices (see `data_parallel`); a run resumed on
@@ -241,17 +263,12 @@ def fit(
     resume. `on_checkpoint` is called after each save. `seconds.json` says how long the steps so far have taken,
     compilation included.
 
-    Raises ValueError if `folder` holds a run with other settings, or the devices of many processes do not divide
-    `num_shards`.
+    Raises ValueError if `folder` holds a run with other settings, or the number of processes does not divide a
+    `num_shards` above 1.
     """
-    state = init_state(config, params)
-    if jax.process_count() > 1:
-        whole = num_shards % jax.device_count() == 0
-        require(whole, "num_shards", num_shards, f"a multiple of the {jax.device_count()} devices of all processes")
-    if num_shards > 1:
-        state, data = jax.device_put((state, data), NamedSharding(data_mesh(num_shards), WHOLE))
+    state, data = shared((init_state(config, params), data), num_shards)
     chunk, key = make_chunk(config, data_parallel(loss_fn, num_shards)), jax.random.key(config.seed)
-    return run_loop(
+    final = run_loop(
         lambda state, num_steps: chunk(state, data, key, num_steps),
         state,
         folder,
@@ -263,6 +280,7 @@ def fit(
         description={**(description or {}), "fit": dataclasses.asdict(config)},
         on_checkpoint=on_checkpoint,
     )
+    return own(final)
 
 
 def run_loop(
@@ -284,7 +302,7 @@ def run_loop(
     newest checkpoint. Chunks have at most `per_dispatch` steps and end where metrics are logged, every `log_every`
     steps, so that a resumed run has the same ones. `parameters` are listed in parameters.txt. On SIGTERM the chunk
     under way is finished and a checkpoint saved before the process ends. Of many processes the first writes what is no
-    checkpoint, and all call `on_checkpoint`.
+    checkpoint, and all call `on_checkpoint`, with their `own` state, and wait for each other after it.
 
     Raises ValueError if `folder` holds a run of another `description`.
     """
@@ -314,7 +332,8 @@ def _run(chunk, state, num_steps, per_dispatch, log_every, checkpoint_minutes, f
     clock = folder / "seconds.json"
     spent, started = (read_json(clock)["seconds"] if step and clock.is_file() else 0.0), time.monotonic()
     saved_at, stopped = started, False
-    with tqdm(total=num_steps, initial=step, desc=folder.name, mininterval=5, dynamic_ncols=True) as bar:
+    options = {"mininterval": 5, "dynamic_ncols": True, "disable": not first}
+    with tqdm(total=num_steps, initial=step, desc=folder.name, **options) as bar:
         while step < num_steps and not stopped:
             # Chunks end on the same boundaries wherever a run was resumed, so that the logged means agree too.
             boundary = (step // per_dispatch + 1) * per_dispatch
@@ -341,7 +360,8 @@ def _run(chunk, state, num_steps, per_dispatch, log_every, checkpoint_minutes, f
                 if first:
                     write_json(clock, {"step": step, "seconds": round(spent + saved_at - started, 1)})
                 if on_checkpoint is not None and not stopped:  # which may take longer than the sender waits
-                    on_checkpoint(state)
+                    on_checkpoint(own(state))
+                gather()
     if first:
         log.close()
     return state

@@ -17,6 +17,7 @@ from megjax.data import latents
 from megjax.diffusion import generation
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.ldm.stages import draw_scenes
+from megjax.processes import is_first
 from megjax.runtime import command
 
 
@@ -44,6 +45,8 @@ class Arguments:
     """Where the finished codec goes; default FOLDER/VARIANT/model."""
     steps: int | None = None
     """Number of training steps instead of the preset's."""
+    shards: int | None = None
+    """Draws of the loss a step, spread over the devices, instead of the preset's 1: a step then does more."""
     image_weight: float = 0.0
     """Weight in [0, 1] of the decoded image's error in the loss; the rest is the latent's."""
 
@@ -91,9 +94,9 @@ def make_recipe(args: Arguments, pipe: StableDiffusion) -> CodecRecipe:
     codec = dataclasses.replace(recipe.codec, latent_shape=shape, tile=tile)
     steps = recipe.fit.num_steps if args.steps is None else args.steps
     conditions = dataclasses.replace(recipe.conditions, image_weight=args.image_weight)
-    recipe = dataclasses.replace(
-        recipe, codec=codec, conditions=conditions, fit=dataclasses.replace(recipe.fit, num_steps=steps)
-    )
+    shards = recipe.num_shards if args.shards is None else args.shards
+    fit = dataclasses.replace(recipe.fit, num_steps=steps)
+    recipe = dataclasses.replace(recipe, codec=codec, conditions=conditions, fit=fit, num_shards=shards)
     if args.variant == "denoiser":
         recipe = denoiser(recipe)
     single = args.snr_db is not None
@@ -119,6 +122,8 @@ def main(args: Arguments) -> None:
     codec = train_codec(
         recipe, generated, encoded, folder / name, validation=validation, start=start, decode_images=decode_images
     )
+    if not is_first():
+        return
     destination = args.export or folder / name / "model"
     codec.save_pretrained(destination)
     minutes = read_json(folder / name / "seconds.json")["seconds"] / 60
@@ -126,4 +131,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    command("train.codec", lambda: main(tyro.cli(Arguments, description=__doc__)))
+    command("train.codec", lambda: main(tyro.cli(Arguments, description=__doc__)), many=True)

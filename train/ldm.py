@@ -19,6 +19,7 @@ from megjax.diffusion.vae import AutoencoderKL
 from megjax.ldm import fitting, stages
 from megjax.ldm.grids import save_grid
 from megjax.ldm.recipe import PRESETS, Recipe
+from megjax.processes import is_first
 from megjax.runtime import command, use_cpu_devices
 
 GRID = 32
@@ -32,6 +33,8 @@ class Arguments:
     """Sizes and step counts; `scenes` is what ships, `scenes128` wants a GPU."""
     stage: Literal["all", "vae", "scenenet", "unet"] = "all"
     """One stage (with those it needs), or all of them and the export."""
+    shards: int | None = None
+    """Parts of a batch of the U-Net, spread over the devices, instead of the preset's; each has draws of its own."""
     folder: Path | None = None
     """Run folder (default runs/PRESET): checkpoints, metrics.jsonl, TensorBoard and sample grids of each stage."""
     export: Path | None = None
@@ -48,6 +51,8 @@ def vae_grid(recipe: Recipe, graph: nnx.GraphDef, folder: Path):
         return jnp.clip(0.5 * vae.decode(vae.encode(2 * images - 1)[0]) + 0.5, 0.0, 1.0)
 
     def save(state) -> None:
+        if not is_first():
+            return
         decoded = reconstruct(state.ema)
         half = GRID // 2
         rows = np.concatenate([images[:half], decoded[:half], images[half:], decoded[half:]])
@@ -62,6 +67,8 @@ def unet_grid(recipe: Recipe, folder: Path):
     captions = [row[0] for row in fitting.captions_of(drawn)]
 
     def save(pipe, step: int) -> None:
+        if not is_first():
+            return
         images = pipe.generate(jax.random.key(0), pipe.tokenize(captions))
         half = GRID // 2
         rows = np.concatenate([real[:half], images[:half], real[half:], images[half:]])
@@ -70,8 +77,15 @@ def unet_grid(recipe: Recipe, folder: Path):
     return save
 
 
+def make_recipe(args: Arguments) -> Recipe:
+    """The preset with the arguments' changes; ValueError on bad ones."""
+    recipe = PRESETS[args.preset]
+    shards = recipe.unet.num_shards if args.shards is None else args.shards
+    return dataclasses.replace(recipe, unet=dataclasses.replace(recipe.unet, num_shards=shards))
+
+
 def main(args: Arguments) -> None:
-    recipe, folder = PRESETS[args.preset], args.folder or Path("runs") / args.preset
+    recipe, folder = make_recipe(args), args.folder or Path("runs") / args.preset
     require(args.export is None or args.stage == "all", "--export", str(args.export), "given with --stage all only")
     destination = args.export or folder / "model"
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,6 +96,8 @@ def main(args: Arguments) -> None:
         scenenet = fitting.train_scenenet(recipe, folder)
     if args.stage in ("all", "unet"):
         pipe = fitting.train_unet(recipe, folder, vae, unet_grid(recipe, folder))
+    if not is_first():
+        return
     if args.stage == "all":
         fitting.export(recipe, folder, pipe, scenenet, destination)
         print(f"model written to {destination}")
@@ -91,5 +107,5 @@ def main(args: Arguments) -> None:
 
 if __name__ == "__main__":
     arguments = tyro.cli(Arguments, description=__doc__)
-    use_cpu_devices(PRESETS[arguments.preset].unet.num_shards)
-    command("train.ldm", lambda: main(arguments))
+    use_cpu_devices(arguments.shards or PRESETS[arguments.preset].unet.num_shards)
+    command("train.ldm", lambda: main(arguments), many=True)

@@ -17,6 +17,7 @@ from megjax.diffusion.pipeline import StableDiffusion
 from megjax.power import LearnedPower
 from megjax.power.environment import Quality
 from megjax.power.recipe import PRESETS, PowerRecipe, train_power
+from megjax.processes import is_first
 from megjax.runtime import check_seed, command
 from megjax.system import image_quality
 
@@ -117,6 +118,8 @@ def main(args: Arguments) -> None:
     folder = args.folder or Path("runs") / name
     described = {"reward": args.reward, "from": args.start}
     policy = train_power(recipe, env, params, folder, start=start, description=described)
+    if not is_first():
+        return
     destination = args.export or folder / "model"
     policy.save_pretrained(destination)
     seconds = read_json(folder / "seconds.json")["seconds"]
@@ -126,4 +129,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    command("train.power", lambda: main(tyro.cli(Arguments, description=__doc__)))
+    command("train.power", lambda: main(tyro.cli(Arguments, description=__doc__)), many=True)

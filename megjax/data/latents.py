@@ -21,6 +21,7 @@ from tqdm import tqdm
 from megjax.configs import require
 from megjax.data import scenes
 from megjax.diffusion.pipeline import StableDiffusion
+from megjax.processes import gather, is_first, joint, num_processes, process_id, wait_for_file
 
 FORMAT = "megjax latents 1"
 MAX_SEED = 2**32 - 1
@@ -152,6 +153,7 @@ def over_devices(batch: int) -> Callable[[np.ndarray], Array]:
     return lambda values: jax.device_put(values, sharding)
 
 
+@joint()
 def build(
     folder: Path,
     num: int,
@@ -163,7 +165,8 @@ def build(
     """The first `num` latents of a cache, whose missing shards `produce(shard)` makes.
 
     A shard is written in one step: a kill leaves at most a `.part` file, which is never read. The last shard there is
-    is made anew if `outgrown(shard, found)`, `found` being its identity.
+    is made anew if `outgrown(shard, found)`, `found` being its identity. The processes of a job, which must share the
+    folder, take turns at the missing shards, and read those of the others once all are written.
 
     Raises ValueError, before making any shard, if the folder cannot be used or if a shard is damaged, is not finite, or
     has another shape or `identity(shard)`; and, keeping the shards made so far, if a new one is not finite, has
@@ -190,12 +193,21 @@ def build(
     missing = [shard for shard in range(count) if shard not in shards]
     if missing:
         _check_access(folder, os.W_OK, "writable")
-    for shard in tqdm(missing, desc=f"latents in {folder.name}", unit="shard", disable=not missing):
+    # What the first process sees counts, and no shard is written before all have looked.
+    mine = json.loads(gather(json.dumps(missing))[0])[process_id() :: num_processes()]
+    shown = bool(mine) and is_first()
+    for shard in tqdm(mine, desc=f"latents in {folder.name}", unit="shard", disable=not shown):
         path, latents = shard_path(folder, shard), np.ascontiguousarray(produce(shard), np.float32)
         _check_shape(latents, path, shape)
         _check_finite(latents, path)
         write_shard(path, latents, identity(shard))
         shards[shard], shape = latents, latents.shape
+    gather()
+    for shard in (shard for shard in range(count) if shard not in shards):
+        path = shard_path(folder, shard)
+        wait_for_file(path)
+        _check_identity(path, read_identity(path), identity(shard))
+        shards[shard] = read_shard(path)
     return np.concatenate([shards[shard] for shard in range(count)])[:num]
 
 

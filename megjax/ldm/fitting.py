@@ -28,6 +28,7 @@ from megjax.diffusion.vae import AutoencoderKL
 from megjax.ldm import stages
 from megjax.ldm.recipe import MAX_TOKENS, Recipe
 from megjax.metrics.scenenet import SceneNet
+from megjax.processes import gather, is_first, wait_for_file
 from megjax.system import SourceStatistics
 from megjax.training import FitState, fit
 
@@ -74,13 +75,20 @@ def captions_of(drawn: scenes.Scene) -> list[list[str]]:
 
 
 def prepare_tokenizer(folder: Path):
-    """The tokenizer of the run, trained on captions of the training split at first use."""
+    """The tokenizer of the run, trained on captions of the training split at first use, by the first process."""
     path = folder / "tokenizer"
-    if (path / "tokenizer_config.json").is_file():
-        return load_tokenizer(path)
+    ready = path / "tokenizer_config.json"
+    if not ready.is_file() and is_first():
+        _train_tokenizer(path)
+    gather()
+    wait_for_file(ready)
+    return load_tokenizer(path)
+
+
+def _train_tokenizer(path: Path) -> None:
     drawn = jax.jit(jax.vmap(scenes.sample_scene))(jax.random.split(jax.random.key(0), 2000))
     captions = [caption for row in captions_of(drawn) for caption in row]
-    return train_tokenizer(captions, path, vocab_size=VOCAB_SIZE, max_tokens=MAX_TOKENS)
+    train_tokenizer(captions, path, vocab_size=VOCAB_SIZE, max_tokens=MAX_TOKENS)
 
 
 def latents_identity(recipe: Recipe, folder: Path, params: nnx.State) -> dict[str, str]:
@@ -98,16 +106,25 @@ def encode_scenes(
 ) -> dict[str, Float[np.ndarray, "..."] | Int[np.ndarray, "..."]]:
     """Posterior moments [n h w c] and caption ids [n p l] of the U-Net's training images, kept in the run folder.
 
-    Raises ValueError if the run folder holds those of another autoencoder, tokenizer or number of images.
+    The first process makes them. Raises ValueError if the run folder holds those of another autoencoder, tokenizer or
+    number of images.
     """
-    path, (graph, params) = folder / LATENTS, vae
-    identity = latents_identity(recipe, folder, params)
-    if path.is_file():
-        with safe_open(path, framework="np") as file:
-            found = file.metadata() or {}
-        other = sorted(name for name in identity if found.get(name) != identity[name])
-        require(not other, f"{path}: made with another", other, "made by this run; delete the file to make it anew")
-        return dict(checkpoint.read_tensors(path))
+    path, identity = folder / LATENTS, latents_identity(recipe, folder, vae[1])
+    if not path.is_file() and is_first():
+        _encode_scenes(recipe, path, vae, tokenizer, identity)
+    gather()
+    wait_for_file(path)
+    with safe_open(path, framework="np") as file:
+        found = file.metadata() or {}
+    other = sorted(name for name in identity if found.get(name) != identity[name])
+    require(not other, f"{path}: made with another", other, "made by this run; delete the file to make it anew")
+    return dict(checkpoint.read_tensors(path))
+
+
+def _encode_scenes(
+    recipe: Recipe, path: Path, vae: tuple[nnx.GraphDef, nnx.State], tokenizer, identity: dict[str, str]
+) -> None:
+    graph, params = vae
 
     @jax.jit
     def encode(params, key):
@@ -126,7 +143,6 @@ def encode_scenes(
     partial = path.with_suffix(".part")
     save_file(data, partial, metadata=identity)
     partial.replace(path)
-    return data
 
 
 def scaling_factor(data: dict) -> float:
@@ -174,7 +190,7 @@ def train_unet(
     pipe = StableDiffusion(configs, graphs, {"vae": vae[1]}, tokenizer)
 
     def update(state: FitState) -> None:
-        text_encoder, unet = jax.device_put(state.ema, jax.devices()[0])
+        text_encoder, unet = jax.device_put(state.ema, jax.local_devices()[0])
         pipe.params = {"text_encoder": text_encoder, "unet": unet, "vae": vae[1]}
 
     def saved(state: FitState) -> None:

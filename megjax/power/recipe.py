@@ -14,7 +14,7 @@ from megjax.configs import require
 from megjax.power.actor_critic import LearnedPower
 from megjax.power.environment import EnvParams, PowerControl
 from megjax.power.ppo import PPO, Hyperparameters, PPOConfig, TrainState
-from megjax.training import run_loop
+from megjax.training import own, run_loop, shared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def train_power(
     description: dict[str, Any] | None = None,
 ) -> LearnedPower:
     """Train in `env`; resumes from `folder`, to the bit. `start` is a policy to go on from, with its standardisation.
-    `on_checkpoint` is called after each save.
+    `on_checkpoint` is called after each save. Of many processes all compute the same.
 
     Raises ValueError if `folder` holds a run of another recipe, or weights, or `start` is for another environment.
     """
@@ -77,6 +77,7 @@ def train_power(
     state = jax.jit(ppo.init)(jax.random.key(recipe.seed), recipe.hyper)
     if start is not None:
         state = ppo.start_from(state, start)
+    state = shared(state)
     update = jax.jit(lambda state, params, num: _several(ppo, state, params, num), static_argnums=2, donate_argnums=0)
     described = dataclasses.asdict(recipe) | {"start": start is not None} | (description or {})
     described |= {"fading": repr(recipe.fading), "weights": np.asarray(params.weights).tolist()}
@@ -93,7 +94,7 @@ def train_power(
         description=described,
         on_checkpoint=on_checkpoint,
     )
-    return ppo.policy(final, params)
+    return ppo.policy(own(final), params)
 
 
 def _several(ppo: PPO, state: TrainState, params: EnvParams, num: int):

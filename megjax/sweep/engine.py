@@ -1,6 +1,7 @@
 """The sweep: every point of a configuration measured once, kept as it finishes, resumed after any kill."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,15 @@ from tqdm import tqdm
 
 from megjax.configs import require
 from megjax.power import LearnedPower
+from megjax.processes import check_others, gather, is_first, joint, num_processes, process_id, wait_for_file
 from megjax.sweep.bench import Bench, make_bench
 from megjax.sweep.config import Point, SweepConfig, find_fading, find_policy, object_digest, part_digest
-from megjax.sweep.store import Store, source_name
+from megjax.sweep.store import SETTINGS, Store, source_name, table_of
 from megjax.sweep.summary import summarise
 from megjax.units import linear_to_db
 
 
+@joint()
 def run_sweep(
     config: SweepConfig,
     folder: Path,
@@ -33,12 +36,15 @@ def run_sweep(
     A point depends on the configuration, the models, the codec and its own key only, and is written in one step: a run
     that is killed at any moment goes on where it was, with identical results. Longer lists add points; a folder whose
     points share another setting or model is refused. Latents are generated once for each model and seed, in `latents`,
-    and spread over the local devices together with `batch` receptions at a time. `about` are notes (versions, commit)
-    that go with every row; `on_point` is called after each measured point.
+    and spread over the local devices together with `batch` receptions at a time. The processes of a job, which must
+    share `folder` and `latents`, take turns at the missing points; the first of them writes the table, and all return
+    it. No number depends on how many devices or processes there are, but for rounding. `about` are notes (versions,
+    commit) that go with every row; `on_point` is called after each measured point.
 
     Rows hold the point, `n` receptions and `images`, the mean and the 95 % interval (over images) of every metric, and
     in the points' own files the mean of every image. Raises ValueError, before anything is measured, for a bad
-    configuration or folder; and, leaving all finished points, for a damaged file or a disk that takes no more.
+    configuration or folder; and, leaving all finished points, for a damaged file or a disk that takes no more. Then
+    other processes raise ProcessFailed after the point that they are at.
     """
     require(isinstance(batch, int) and batch >= 1, "batch", batch, "an integer of at least 1")
     for name in config.fadings:
@@ -50,28 +56,47 @@ def run_sweep(
         for seed in config.seeds:
             benches[model, seed], digests[source_name(model, seed)] = make_bench(config, model, seed, latents, batch)
     store = Store(folder, {**config.shared(), "sources": digests})
-    store.open()
     asked = config.points()
     measured: dict[Point, dict[str, Any] | None] = {point.physics(): None for point in asked}
     paths = {point: store.path(point, _parts(point)) for point in measured}
-    for point, path in paths.items():
-        measured[point] = store.read(path)
-    missing = [point for point, row in measured.items() if row is None]
+    missing = _open(store, measured, paths)
     for point in dict.fromkeys(dataclasses.replace(point, snr_db=0.0) for point in missing):
         benches[point.model, point.seed].check(point)
     for model, seed in dict.fromkeys((point.model, point.seed) for point in missing if point.scheme != "opta"):
         _ = benches[model, seed].latents
-    total = sum(_work(config, point) for point in missing)
-    with tqdm(total=total, desc=folder.name, unit="image", disable=None if progress and missing else True) as bar:
-        for point in missing:
+    mine = missing[process_id() :: num_processes()]
+    total, shown = sum(_work(config, point) for point in mine), progress and bool(mine) and is_first()
+    with tqdm(total=total, desc=folder.name, unit="image", disable=None if shown else True) as bar:
+        for point in mine:
+            check_others()
             bar.set_postfix_str(f"{point.scheme} {point.snr_db:g} dB", refresh=False)
             row = _measure(benches[point.model, point.seed], point, config, bar)
             store.write(paths[point], {**row, **(about or {})})
             measured[point] = store.read(paths[point])
             if on_point is not None:
                 on_point(point)
-    rows = [{**measured[point.physics()], **_described(point), **_power(point, measured)} for point in asked]
-    return store.merge(rows)
+    gather()
+    for point in (point for point, row in measured.items() if row is None):
+        wait_for_file(paths[point])
+        measured[point] = store.read(paths[point])
+    frame = table_of([{**measured[point.physics()], **_described(point), **_power(point, measured)} for point in asked])
+    if is_first():
+        store.merge(frame)
+    gather()
+    return frame
+
+
+def _open(store: Store, measured: dict[Point, dict[str, Any] | None], paths: dict[Point, Path]) -> list[Point]:
+    """Open the folder, read its points into `measured` and return the missing ones, as the first process sees them."""
+    if is_first():
+        store.open()
+        measured |= {point: store.read(path) for point, path in paths.items()}
+    points = list(measured)
+    missing = json.loads(gather(json.dumps([i for i, point in enumerate(points) if measured[point] is None]))[0])
+    if not is_first():
+        wait_for_file(store.folder / SETTINGS)
+        store.open()
+    return [points[i] for i in missing]
 
 
 def _measure(bench: Bench, point: Point, config: SweepConfig, bar: tqdm) -> dict[str, Any]:

@@ -75,13 +75,11 @@ class Store:
         """Write one row in one step; ValueError if the disk does not take it, and nothing is left of it then."""
         self._guarded(path, lambda part: self._replace(pa.Table.from_pylist([row]), part, path))
 
-    def merge(self, rows: list[dict[str, Any]]) -> pd.DataFrame:
-        """Write the table of all points, in the order given, in one step; lists of single values stay in the points."""
-        frame = pd.DataFrame([{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows])
+    def merge(self, frame: pd.DataFrame) -> None:
+        """Write the table of all points in one step."""
         path = self.folder / RESULTS
         table = pa.Table.from_pandas(frame, preserve_index=False)
         self._guarded(path, lambda part: self._replace(table, part, path))
-        return frame
 
     @staticmethod
     def _replace(table: pa.Table, part: Path, path: Path) -> None:
@@ -97,6 +95,11 @@ class Store:
             part.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise ValueError(f"{path} cannot be written: {reason}; finished points are kept") from None
+
+
+def table_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The rows of points as a table, in the order given; lists of single values stay in the points."""
+    return pd.DataFrame([{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows])
 
 
 def source_name(model: str, seed: int) -> str:
