@@ -350,7 +350,9 @@ def _run(chunk, state, num_steps, per_dispatch, log_every, checkpoint_minutes, f
                     log.write(step, values)
                 bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
             stopped = notice.given()
-            overdue = logged and time.monotonic() - saved_at > 60 * checkpoint_minutes
+            # The first process's clock decides, as all must save together.
+            due = time.monotonic() - saved_at > 60 * checkpoint_minutes
+            overdue = logged and gather("due" if due else "")[0] == "due"
             if overdue or step == num_steps or stopped:
                 if first:
                     _write_waiting(folder, step, waiting)

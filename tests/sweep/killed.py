@@ -1,19 +1,23 @@
-"""Runs a sweep's command again and again, each time in a process of its own that is killed somewhere, to the end.
+"""Runs a sweep's command again and again, in processes of their own of which some are killed somewhere, to the end.
 
 Used by test_kills.py: the library is imported once, and every attempt is a fork that starts JAX itself.
 """
 
+import functools
 import json
 import os
 import random
 import signal
+import socket
 import sys
+import time
 from pathlib import Path
 
 import jax
 import pyarrow.parquet as pq
 
 from eval import sweep as script
+from megjax import runtime, sharding
 from megjax.sweep import engine
 
 ENVIRONMENT = {
@@ -24,6 +28,8 @@ ENVIRONMENT = {
 }
 
 POINTS, TABLE_MOMENTS = 6, 5
+HEARTBEAT = 5
+"""Seconds after which a process of a job counts as lost."""
 
 
 class Clock:
@@ -62,11 +68,14 @@ def watch(clock: Clock) -> None:
     pq.write_table, Path.replace, engine.tqdm.update = written, replaced, updated
 
 
-def attempt(arguments: list[str], last: int | None, devices: int = 1) -> tuple[int, int]:
-    """Signal that ended the run, 0 for none, and the moments it had."""
+def begin(arguments: list[str], last: int | None, devices: int = 1, job: tuple[str, int] | None = None):
+    """Start a run in a process of its own, of two that meet at an address or alone; its id and where it reports to."""
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:
+        if job is not None:
+            os.environ |= {"JAX_COORDINATOR_ADDRESS": job[0], "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(job[1])}
+            runtime.start_processes = functools.partial(sharding.start_processes, heartbeat_seconds=HEARTBEAT)
         sys.argv = ["eval.sweep", *arguments]
         script.environment = lambda: ENVIRONMENT
         script.use_cpu_devices = lambda num: jax.config.update("jax_num_cpu_devices", devices)
@@ -75,6 +84,7 @@ def attempt(arguments: list[str], last: int | None, devices: int = 1) -> tuple[i
         code = 1
         try:
             script.main()
+            jax.distributed.shutdown()  # as a process that ends by itself does
             os.write(theirs, str(clock.moments).encode())
             code = 0 if jax.local_device_count() == devices else 3
         except SystemExit as error:
@@ -83,12 +93,31 @@ def attempt(arguments: list[str], last: int | None, devices: int = 1) -> tuple[i
             sys.stdout.flush()
             os._exit(code)
     os.close(theirs)
+    return child, ours
+
+
+def attempt(arguments: list[str], last: int | None, devices: int = 1) -> tuple[int, int]:
+    """Signal that ended a run, 0 for none, and the moments it had."""
+    child, ours = begin(arguments, last, devices)
     status = os.waitpid(child, 0)[1]
     moments = os.read(ours, 100).decode()
     os.close(ours)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
         sys.exit(f"a run of {arguments} failed with status {os.WEXITSTATUS(status)}")
     return (os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0), int(moments or 0)
+
+
+def attempt_together(arguments: list[str], last: int | None = None) -> tuple[list[int], float]:
+    """Statuses of two processes of four devices each, the second killed at a moment; and the seconds they took."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    started = time.monotonic()
+    children = [begin(arguments, moment, 4, (address, index)) for index, moment in enumerate((None, last))]
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child, _ in children]
+    for _, ours in children:
+        os.close(ours)
+    return statuses, time.monotonic() - started
 
 
 def points(folder: Path) -> dict[str, list]:
@@ -107,9 +136,13 @@ def main(kills: int, folder: Path, arguments: list[str]) -> None:
         ended, _ = attempt(killed, draw.randrange(missing * (moments // POINTS) // 2 + TABLE_MOMENTS))
         report.append({"signal": ended, "points": points(folder / "killed")})
     attempt(killed, None)
-    for devices in (2, 4):
+    for devices in (2, 4, 8):
         attempt([*arguments, "--output", str(folder / f"devices-{devices}")], None, devices)
-    print(json.dumps({"moments": moments, "attempts": report, "final": points(folder / "killed")}))
+    together = [*arguments, "--output", str(folder / "together"), "--latents", str(folder / "latents-together")]
+    lost = attempt_together(together, 2 * moments // POINTS)
+    kept = points(folder / "together")
+    jobs = {"lost": lost, "kept": kept, "resumed": attempt_together(together), "together": points(folder / "together")}
+    print(json.dumps({"moments": moments, "attempts": report, "final": points(folder / "killed"), **jobs}))
 
 
 if __name__ == "__main__":

@@ -42,16 +42,27 @@ def check_kills(report, folder, kills):
 def check_devices(folder):
     """Numbers depend on the devices through rounding only."""
     whole = pd.read_parquet(folder / "whole" / "results.parquet")
-    for devices in (2, 4):
-        frame = pd.read_parquet(folder / f"devices-{devices}" / "results.parquet")
+    for name in ("devices-2", "devices-4", "devices-8", "together"):
+        frame = pd.read_parquet(folder / name / "results.parquet")
         pd.testing.assert_frame_equal(frame, whole, rtol=1e-4)
+        for column in ("n", "images", "num_symbols"):
+            assert (frame[column] == whole[column]).all()
     assert len(whole) == 6 and (whole.commit == "0123456789ab").all() and np.isfinite(whole.nmse).all()
+
+
+def check_job(report):
+    """Of two processes one is killed; the other ends by itself, and two go on from what both have kept."""
+    (survivor, killed), seconds = report["lost"]
+    assert killed == -signal.SIGKILL and survivor not in (0, -signal.SIGKILL) and seconds < 60
+    assert 0 < len(report["kept"]) < 6 and report["kept"].items() <= report["together"].items()
+    assert report["resumed"][0] == [0, 0] and len(report["together"]) == 6
 
 
 def test_killed_and_spread_runs_end_with_the_same_table(config, tmp_path):
     report = run(3, tmp_path, config)
     check_kills(report, tmp_path, 3)
     check_devices(tmp_path)
+    check_job(report)
 
 
 @pytest.mark.slow
