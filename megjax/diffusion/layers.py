@@ -108,14 +108,44 @@ def attend(
 ) -> Float[Array, "b q d"]:
     """Multi-head scaled dot-product attention (Vaswani et al. 2017, eq. 1), softmax in float32.
 
-    `upcast` also computes the logits from float32 queries and keys, as checkpoints with `upcast_attention` ask.
+    `upcast` also computes the logits from float32 queries and keys, as checkpoints with `upcast_attention` ask. Where
+    the logits of one head are many, a CPU takes the heads one by one and the queries in parts.
     """
     dtype = value.dtype
     if upcast:
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     query, key, value = (x.reshape(*x.shape[:2], num_heads, -1) for x in (query, key, value))
-    out = jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[None, None])
+    if mask is None and query.shape[1] * key.shape[1] >= MANY_LOGITS:
+        out = jax.lax.platform_dependent(query, key, value, cpu=_attend_in_parts, default=jax.nn.dot_product_attention)
+    else:
+        out = jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[None, None])
     return out.reshape(*out.shape[:2], -1).astype(dtype)
+
+
+MANY_LOGITS = 2**18
+"""Logits of one head, 1 MiB of float32, from which on a CPU computes attention in parts that stay in its caches."""
+
+
+def _attend_in_parts(query, key, value):
+    batch, queries, heads, size = query.shape
+    of_heads = [x.transpose(0, 2, 1, 3).reshape(batch * heads, -1, size) for x in (query, key, value)]
+    part = max(1, 2 * MANY_LOGITS // key.shape[1])
+    count = -(-queries // part)
+
+    def one_head(of_head):
+        query, key, value = of_head
+        scaled = key.T * np.asarray(size**-0.5, key.dtype)
+
+        def one_part(query):
+            logits = (query @ scaled).astype(jnp.float32)
+            weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+            return (weights.astype(value.dtype) @ value) / weights.sum(-1, keepdims=True).astype(value.dtype)
+
+        whole = jnp.pad(query, ((0, count * part - queries), (0, 0))).reshape(count, part, size)
+        return jax.lax.map(one_part, whole).reshape(-1, size)[:queries]
+
+    out = jax.lax.map(one_head, tuple(of_heads))
+    return out.reshape(batch, heads, queries, size).transpose(0, 2, 1, 3)
 
 
 class ResnetBlock2D(nnx.Module):

@@ -56,3 +56,29 @@ def test_other_sizes_are_taken_as_they_are():
     up, x = layers.Upsample2D(4, jnp.float32, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (1, 3, 3, 4))
     assert up(x, (5, 6)).shape == (1, 5, 6, 4)
     np.testing.assert_allclose(up(x, (6, 6)), up(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(600, 512), (1030, 300), (4, 2**17)])
+def test_attention_in_parts(queries, keys):
+    """Also with a last part that is not full, and with gradients."""
+    assert queries * keys >= layers.MANY_LOGITS
+    rng = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, n, 2, 4)), jnp.float32) for n in (queries, keys, keys))
+
+    def loss(fn):
+        return lambda *args: jnp.sum(jnp.sin(fn(*args)))
+
+    plain, parts = jax.nn.dot_product_attention, layers._attend_in_parts
+    found = [(jax.jit(plain)(q, k, v), jax.jit(parts)(q, k, v))]
+    found += zip(*(jax.jit(jax.grad(loss(fn), (0, 1, 2)))(q, k, v) for fn in (plain, parts)), strict=True)
+    for a, b in found:
+        assert float(jnp.abs(a - b).max()) < 2e-5 * float(jnp.abs(a).max())
+
+
+def test_bfloat16_attention_in_parts():
+    rng = np.random.default_rng(3)
+    whole = [jnp.asarray(rng.standard_normal((1, 600, 2, 8)), jnp.float32) for _ in range(3)]
+    half = layers._attend_in_parts(*(x.astype(jnp.bfloat16) for x in whole))
+    assert half.dtype == jnp.bfloat16
+    exact = jax.nn.dot_product_attention(*whole)
+    assert float(jnp.abs(half - exact).max()) < 0.03 * float(jnp.abs(exact).max())
