@@ -84,6 +84,8 @@ benchmark: .venv/run.stamp
 	$(BIN)/python -m eval.benchmark channel
 	$(BIN)/python -m eval.benchmark codec --rounds 3 --steps 25
 	$(BIN)/python -m eval.benchmark power --rounds 3
+	$(BIN)/python -m eval.benchmark diffusion --rounds 3
+	$(BIN)/python -m eval.benchmark system --rounds 5
 	$(BIN)/python -m eval.benchmark tables
 
 # Every job compiled for TPU topologies on this machine, no TPU needed: about two minutes each for Stable Diffusion's sizes.

@@ -10,7 +10,7 @@ import tyro
 from rich.table import Table
 
 from eval.measure import ROOT, console, environment, num_cores
-from eval.stages import channel, codec, power, system
+from eval.stages import channel, codec, diffusion, power, system
 from megjax.configs import read_json, require, require_positive_integers, write_json, write_text
 from megjax.runtime import command, use_cpu_devices
 
@@ -33,6 +33,10 @@ begin all episodes at once; the PureJaxRL-style loop steps an environment that h
 gymnax's does, and in a second version is spared that. stable-baselines3 runs on one thread or on all, whichever is
 faster.
 
+Stage `diffusion` calls the U-Net once, for all networks with random weights; guidance needs two inputs an image. Rates
+of operations count what XLA counts in megjax's program, for the others too; `matmul` is a product of square matrices in
+the same numbers and the same run.
+
 Stage `system` takes latents through seed coding, fading, reception and the VAE, every latent over many realisations;
 the PyTorch link has the same weights. The loop calls the compiled program once a reception.
 """
@@ -42,9 +46,9 @@ the PyTorch link has the same weights. The loop calls the compiled program once 
 class Arguments:
     """What to measure and where the results go."""
 
-    stage: tyro.conf.Positional[Literal["channel", "codec", "power", "system", "tables"]]
-    """"channel", "codec" (training of the seed codec), "power" (rollouts and PPO), "system" (images received
-    a second), or "tables": docs/benchmarks.md from files under --folder."""
+    stage: tyro.conf.Positional[Literal["channel", "codec", "diffusion", "power", "system", "tables"]]
+    """"channel", "codec" (training of the seed codec), "diffusion" (the U-Net), "power" (rollouts and PPO), "system"
+    (images received a second), or "tables": docs/benchmarks.md from files under --folder."""
     batches: tuple[int, ...] = (4_096, 65_536)
     """Realisations at a time; TDL and the ways to draw Gaussian numbers run at the smallest only. Rollouts of power."""
     preset: Literal["scenes", "tiny"] = "scenes"
@@ -55,6 +59,12 @@ class Arguments:
     """Environments of PPO (stage power)."""
     gap_updates: int = 150
     """Length of the training that is timed to 95 % of the gap to the causal optimum, 0 for none (stage power)."""
+    model: Literal["sd15", "sd21", "scenes"] = "sd15"
+    """Sizes of the U-Net (stage diffusion)."""
+    unet_batches: tuple[int, ...] = (2,)
+    """Inputs of the U-Net, two for each guided image (stage diffusion)."""
+    torch_compile: bool = True
+    """Measure torch.compile too (stage diffusion)."""
     images: int = 8
     """Images of the server (stage system)."""
     realisations: int = 250
@@ -71,7 +81,7 @@ class Arguments:
 
 def run(args: Arguments) -> None:
     """Measure, print, save; ValueError on bad arguments, before any work."""
-    sizes = ("batches", "rounds", "steps", "envs", "images", "realisations", "receptions")
+    sizes = ("batches", "rounds", "steps", "envs", "unet_batches", "images", "realisations", "receptions")
     require_positive_integers(args, "arguments", sizes)
     require(args.gap_updates >= 0, "--gap-updates", args.gap_updates, "0 or more")
     require(args.rounds >= 3, "--rounds", args.rounds, "3 or more")
@@ -89,6 +99,8 @@ def run(args: Arguments) -> None:
         fits = all(num % power.SHAPE["minibatches"] == 0 for num in args.envs)
         require(fits, "--envs", args.envs, f"multiples of {power.SHAPE['minibatches']}, the minibatches")
         rows, missing, notes = power.run(args.batches, args.envs, args.gap_updates, args.rounds, args.peers)
+    elif args.stage == "diffusion":
+        rows, missing, notes = diffusion.run(args.model, args.unet_batches, args.rounds, args.peers, args.torch_compile)
     elif args.stage == "system":
         sizes = args.images, args.realisations, args.receptions
         rows, missing, notes = system.run(*sizes, args.rounds, args.peers)
@@ -120,7 +132,8 @@ def cells(row) -> list[str]:
 
 COLUMNS = ["implementation", "thousand realisations/s", "first call (s)", "GB/s written", "of copy"]
 LAYOUTS = {"channel": (COLUMNS, cells)} | {
-    name: (stage.COLUMNS, stage.cells) for name, stage in (("codec", codec), ("power", power), ("system", system))
+    name: (stage.COLUMNS, stage.cells)
+    for name, stage in (("codec", codec), ("diffusion", diffusion), ("power", power), ("system", system))
 }
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("megjax", "jax", "jaxlib", "numpy", "torch", "sionna-no-rt", "sionna")
+PACKAGES = ("megjax", "jax", "jaxlib", "numpy", "torch", "diffusers", "sionna-no-rt", "sionna")
 MIN_SAMPLE_S = 0.2
 """One sample repeats a call until this much time is expected to pass."""
 
