@@ -57,12 +57,14 @@ def plan(folder: Path) -> list[tuple[Path, str, str]]:
     chips = [folder / f"{name}.json" for name in ("v5e-8", "v6e-8", "v5p-4", "v4-4", "tpu7x-4")]
     rest = sorted(path for path in folder.glob("*.json") if path not in chips)
     listed = [(first, job, "scenes") for job in ("codec", "power", "sweep", "generate", "ldm")]
+    wider = [folder / f"{name}.json" for name in ("v5e-64", "v5e-256")]
+    listed += [(path, "codec", "scenes") for path in wider]
     listed += [(path, "generate", "sd15") for path in chips]
     listed += [(first, "sweep", "sd15"), (first, "codec", "sd15")]
     listed += [(path, job, "scenes") for path in chips[1:] for job in ("codec", "power")]
     listed += [(path, "generate", "sd15") for path in rest]
     listed += [(first, "generate", "sd21"), *((path, "ldm", "sd15") for path in chips)]
-    listed += [(folder / f"{name}.json", "ldm", "sd15") for name in ("v5e-64", "v5e-256")]
+    listed += [(path, "ldm", "sd15") for path in wider]
     return listed
 
 

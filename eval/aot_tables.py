@@ -41,7 +41,33 @@ def write(folder: Path, path: Path) -> None:
         for c in r["collectives"]:
             kind = f"| {r['job']} | {r['model']} | {r['topology']} | {c['kind']} |"
             body += f"{kind} {c['count']} | {c['bytes'] / 1e6:,.1f} |\n"
-    write_text(path, body)
+    write_text(path, body + weak_scaling(results))
+
+
+def weak_scaling(results: list[dict[str, Any]]) -> str:
+    """The same job and batch per device on more and more chips of a kind, where there are several such results."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for r in results:
+        groups.setdefault((r["job"], r["model"], r["topology"].split(":")[0], r["batch"]), []).append(r)
+    lines = []
+    for (job, model, chip, _), group in groups.items():
+        group = sorted(group, key=lambda r: r["devices"])
+        if len(group) < 2:
+            continue
+        for r in group:
+            sent = sum(c["sent"] for c in r["collectives"])
+            first, time = (max(x["roofline_seconds"].values()) for x in (group[0], r))
+            efficiency = f"{first / time:.0%}"
+            cells = (job, model, chip, str(r["devices"]), f"{sent / 1e6:,.3g} MB", f"{1e3 * time:.3g} ms", efficiency)
+            lines.append("| " + " | ".join(cells) + " |\n")
+    if not lines:
+        return ""
+    head = (
+        "\nWeak scaling: the batch of a device stays, the number of devices grows. The last column is the time bound\n"
+    )
+    head += "with the fewest devices over that with these; latency of collectives is not in it.\n\n"
+    head += "| job | model | chip | devices | sent by a device | time | efficiency |\n"
+    return head + "| --- | --- | --- | ---: | ---: | ---: | ---: |\n" + "".join(lines)
 
 
 def row(r: dict[str, Any]) -> str:

@@ -109,3 +109,19 @@ def test_what_does_not_fit_names_the_knob(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"v5e-8.json: generate .*; lower batch.generate") as error:
         aot.run(aot.Arguments(tpu_config=FOLDER / "v5e-8.json", model_config="scenes", output=tmp_path))
     assert "\n" not in str(error.value) and not list(tmp_path.glob("*.json"))
+
+
+def test_weak_scaling_is_tabulated_where_a_job_has_several_sizes():
+    bounds = {"compute": 1e-3, "memory": 2e-3, "interconnect": 1e-4}
+    one = {"job": "codec", "model": "scenes", "topology": "v5e:2x4", "devices": 8, "batch": 1, "collectives": []}
+    one |= {"roofline_seconds": bounds}
+    sent = [{"kind": "all-reduce", "count": 2, "bytes": 1e6, "sent": 2e6}]
+    wide = one | {"topology": "v5e:8x8", "devices": 64, "collectives": sent}
+    wide |= {"roofline_seconds": bounds | {"interconnect": 4e-3}}
+    other = one | {"topology": "v6e:2x4"}
+    lines = aot_tables.weak_scaling([wide, other, one]).splitlines()
+    assert lines[-2:] == [
+        "| codec | scenes | v5e | 8 | 0 MB | 2 ms | 100% |",
+        "| codec | scenes | v5e | 64 | 2 MB | 4 ms | 50% |",
+    ]
+    assert aot_tables.weak_scaling([one, other]) == ""
