@@ -53,7 +53,30 @@ class GroupNorm(nnx.Module):
 def conv(inputs: int, outputs: int, size: int, dtype, rngs: nnx.Rngs, *, stride: int = 1, padding=None) -> nnx.Conv:
     """A square 2-D convolution with PyTorch's symmetric `size // 2` padding unless `padding` says otherwise."""
     pad = ((size // 2, size // 2),) * 2 if padding is None else padding
-    return nnx.Conv(inputs, outputs, (size, size), strides=stride, padding=pad, dtype=dtype, rngs=rngs)
+    kind = DeepConv if size == 3 and stride == 1 and padding is None and inputs >= DEEP else nnx.Conv
+    return kind(inputs, outputs, (size, size), strides=stride, padding=pad, dtype=dtype, rngs=rngs)
+
+
+DEEP, FEW_PIXELS = 512, 64
+"""Input channels from which, and pixels up to which, a CPU computes a convolution as one product."""
+
+
+class DeepConv(nnx.Conv):
+    """A 3x3 convolution, "same" padding, of many channels: on a CPU and few pixels one product of gathered windows."""
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:
+        if x.shape[1] * x.shape[2] > FEW_PIXELS:
+            return super().__call__(x)
+        kernel, bias = (value[...].astype(self.dtype) for value in (self.kernel, self.bias))
+        out = jax.lax.platform_dependent(x.astype(self.dtype), kernel, cpu=_one_product, default=_convolve)
+        return out + bias[None, None, None]
+
+
+def _one_product(x, kernel):
+    _, height, width, channels = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    return jnp.concatenate(windows, axis=-1) @ kernel.reshape(9 * channels, -1)
 
 
 class NarrowConv(nnx.Conv):

@@ -30,6 +30,24 @@ def test_doubling_by_phases(shape):
     assert max(both(layers._double, layers._double_by_phases, jnp.asarray(x), kernel)) < 1e-5
 
 
+def test_one_product():
+    rng = np.random.default_rng(4)
+    x = jnp.asarray(rng.standard_normal((2, 3, 5, 8)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 8, 6)), jnp.float32)
+    assert max(both(layers._convolve, layers._one_product, x, kernel)) < 1e-5
+
+
+def test_deep_convolutions_of_few_and_of_many_pixels():
+    deep = layers.conv(layers.DEEP, 4, 3, jnp.float32, nnx.Rngs(0))
+    assert isinstance(deep, layers.DeepConv)
+    deep.bias[...] = jnp.arange(4.0)
+    for side in (8, 9):
+        x = jax.random.normal(jax.random.key(side), (1, side, side, layers.DEEP))
+        np.testing.assert_allclose(deep(x), nnx.Conv.__call__(deep, x), atol=1e-4)
+    for options in ({"stride": 2}, {"padding": ((0, 1), (0, 1))}):
+        assert type(layers.conv(layers.DEEP, 4, 3, jnp.float32, nnx.Rngs(0), **options)) is nnx.Conv
+
+
 @pytest.mark.parametrize("outputs", [1, 3, 4])
 def test_added_taps(outputs):
     rng = np.random.default_rng(1)
