@@ -35,8 +35,8 @@ from megjax.training import FitConfig, data_parallel, init_state, make_step
 
 REFERENCE_PIXELS = 512 * 512
 """Batches count images of this size; a model of smaller ones takes as many more as have the same pixels."""
-NUM_LATENTS = 16_384
-"""Latents in the training data of `codec` and `ldm`, over all devices."""
+NUM_LATENTS = 2_048
+"""Latents of a device in the training data of `codec` and `ldm`."""
 RATE, NUM_BLOCKS = 4.0, 16
 _SPLIT = ("data", "fsdp", "tensor")
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -181,7 +181,7 @@ class Jobs:
         """One step of codec training, each device its own groups of latents."""
         graph, params, constants = nnx.split(self._codec_network(), nnx.Param, Constant)
         conditions = Conditions(groups=self.config.batch.codec, num_blocks=NUM_BLOCKS)
-        latents = jax.ShapeDtypeStruct((NUM_LATENTS, *self.latent_shape), jnp.float32)
+        latents = jax.ShapeDtypeStruct((NUM_LATENTS * self.mesh.size, *self.latent_shape), jnp.float32)
         data = {
             "constants": shapes_of(constants, self.everywhere),
             "total_variance": jax.ShapeDtypeStruct((), jnp.float32, sharding=self.everywhere),
@@ -197,8 +197,9 @@ class Jobs:
         graphs, params = self._networks(("text_encoder", "unet"), jnp.float32)
         params = (params["text_encoder"], params["unet"])
         specs = fsdp_specs(params, self.mesh.shape["fsdp"])
-        moment = jax.ShapeDtypeStruct((NUM_LATENTS, *self.latent_shape), jnp.float32, sharding=self.split)
-        ids = jax.ShapeDtypeStruct((NUM_LATENTS, 1, self.length), jnp.int16, sharding=self.split)
+        total = NUM_LATENTS * self.mesh.size
+        moment = jax.ShapeDtypeStruct((total, *self.latent_shape), jnp.float32, sharding=self.split)
+        ids = jax.ShapeDtypeStruct((total, 1, self.length), jnp.int16, sharding=self.split)
         data = {"mean": moment, "log_variance": moment, "ids": ids}
         count = self._count("ldm")
         loss = unet_loss(
