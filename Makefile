@@ -88,7 +88,7 @@ benchmark: .venv/run.stamp
 	$(BIN)/python -m eval.benchmark system --rounds 5
 	$(BIN)/python -m eval.benchmark tables
 
-# Every job compiled for TPU topologies on this machine, no TPU needed: about two minutes each for Stable Diffusion's sizes.
+# Every job compiled for TPU topologies on this machine, no TPU needed: six minutes and more each for Stable Diffusion's sizes.
 # What benchmarks/aot/ holds already is only traced, so this can be stopped and started again.
 aot: .venv/tpu.stamp
 	TPU_SKIP_MDS_QUERY=1 PYTHONPATH=.venv/libtpu $(BIN)/python -m eval.aot --all --table docs/tpu.md
