@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from megjax.configs import read_json, require, write_json, write_text
 from megjax.processes import gather
+from megjax.pytrees import pytree_dataclass
 from megjax.termination import TerminationNotice
 
 WHOLE = PartitionSpec()
@@ -71,8 +72,7 @@ class FitConfig:
         )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class FitState:
     """What a checkpoint holds; `ema` is the average of `params` that is meant for use."""
 

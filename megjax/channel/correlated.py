@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Key
 
 from megjax.channel.numerics import safe_sqrt
-from megjax.channel.parameters import channel_model, check, check_count, scalar, static
+from megjax.channel.parameters import channel_model, check, check_count, scalar
 from megjax.channel.phasor import rotation
 from megjax.channel.random import complex_normal, split, uniform
+from megjax.pytrees import static
 
 
 @channel_model

@@ -21,8 +21,9 @@ from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
 from megjax.channel.fading import Fading
 from megjax.channel.numerics import safe_sqrt
-from megjax.channel.parameters import channel_model, check, check_count, check_noise_var, scalar, static
+from megjax.channel.parameters import channel_model, check, check_count, check_noise_var, scalar
 from megjax.channel.random import complex_normal, split
+from megjax.pytrees import static
 
 
 class ChannelKnowledge(NamedTuple):

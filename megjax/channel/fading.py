@@ -9,8 +9,9 @@ from jaxtyping import Array, ArrayLike, Complex, Key
 
 from megjax import units
 from megjax.channel.numerics import safe_sqrt
-from megjax.channel.parameters import channel_model, check, check_count, scalar, static
+from megjax.channel.parameters import channel_model, check, check_count, scalar
 from megjax.channel.random import complex_normal, split, unit_phasor
+from megjax.pytrees import static
 
 
 @runtime_checkable

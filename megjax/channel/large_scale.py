@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Key
 
-from megjax.channel.parameters import channel_model, check, check_count, scalar, static
+from megjax.channel.parameters import channel_model, check, check_count, scalar
+from megjax.pytrees import static
 from megjax.units import db_to_linear, linear_to_db
 
 SPEED_OF_LIGHT = 3.0e8

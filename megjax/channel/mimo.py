@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
 from megjax.channel.numerics import precise_matmul, safe_sqrt, squared_magnitude
-from megjax.channel.parameters import channel_model, check, check_count, static
+from megjax.channel.parameters import channel_model, check, check_count
 from megjax.channel.random import complex_normal
+from megjax.pytrees import static
 
 COMBINING = ("mrc", "mrt", "svd")
 _TINY = np.float32(1e-30)

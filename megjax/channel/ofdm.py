@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
 from megjax.channel.numerics import precise_matmul
-from megjax.channel.parameters import channel_model, check, check_count, scalar, static
+from megjax.channel.parameters import channel_model, check, check_count, scalar
 from megjax.channel.phasor import rotation
 from megjax.channel.tdl import TappedDelayLine
+from megjax.pytrees import static
 
 
 @channel_model

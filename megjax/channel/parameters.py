@@ -9,20 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
+from megjax.pytrees import pytree_dataclass
+
 Model = TypeVar("Model")
 _NUMBERS = (int, float, np.generic, np.ndarray, jax.Array)
 
 
-def static(default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field that changes a shape or a Python branch: part of the tree's structure, not a leaf."""
-    return dataclasses.field(default=default, metadata={"static": True})
-
-
 def channel_model(cls: type[Model]) -> type[Model]:
-    """Make `cls` a frozen dataclass and a pytree: `static()` fields are structure, all others leaves.
+    """`pytree_dataclass` of a channel model, whose `__post_init__` checks what a user passes.
 
-    `__post_init__` checks what a user passes; it does not run when JAX rebuilds the tree, where leaves may be tracers,
-    gradients (of any sign) or axis numbers. When some leaves are arrays, to be vmapped over, all of them, also those of
+    When some leaves are arrays, to be vmapped over, all of them, also those of
     channel models inside this one, are broadcast to one shape, so that vmap finds its axis in each.
     """
     own_check = getattr(cls, "__post_init__", lambda model: None)
@@ -36,27 +32,8 @@ def channel_model(cls: type[Model]) -> type[Model]:
             _give_shape(model, shape)
 
     cls.__post_init__ = check_and_broadcast
-    cls = dataclasses.dataclass(frozen=True)(cls)
     cls.is_channel_model = True
-    fields = dataclasses.fields(cls)
-    leaves = tuple(field.name for field in fields if not field.metadata.get("static"))
-    structure = tuple(field.name for field in fields if field.metadata.get("static"))
-
-    def flatten_with_keys(model):
-        children = tuple((jax.tree_util.GetAttrKey(name), getattr(model, name)) for name in leaves)
-        return children, tuple(getattr(model, name) for name in structure)
-
-    def flatten(model):
-        return tuple(getattr(model, name) for name in leaves), tuple(getattr(model, name) for name in structure)
-
-    def unflatten(fixed, children):
-        model = object.__new__(cls)
-        for name, value in (*zip(structure, fixed, strict=True), *zip(leaves, children, strict=True)):
-            object.__setattr__(model, name, value)
-        return model
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    return cls
+    return pytree_dataclass(cls)
 
 
 def _fields(model: Any) -> list[tuple[str, Any]]:

@@ -9,10 +9,11 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
 from megjax.channel.numerics import precise_matmul
-from megjax.channel.parameters import channel_model, check, check_count, scalar, static
+from megjax.channel.parameters import channel_model, check, check_count, scalar
 from megjax.channel.phasor import rotation
 from megjax.channel.random import complex_normal, split, uniform, unit_phasor
 from megjax.channel.tdl_profiles import PROFILES, TDLProfile
+from megjax.pytrees import static
 
 LINE_OF_SIGHT_DOPPLER = 0.7
 """Doppler of the line of sight over the maximum Doppler (TR 38.901 section 7.7.2)."""

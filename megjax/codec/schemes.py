@@ -4,7 +4,6 @@ SNRs are effective, P / sigma^2 in dB: the link is simulated at P = 1, which is 
 batches; K is static.
 """
 
-import dataclasses
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -20,6 +19,7 @@ from megjax.codec import linear, link
 from megjax.codec.linear import LatentStatistics
 from megjax.codec.network import SeedNetwork
 from megjax.configs import require
+from megjax.pytrees import pytree_dataclass, static
 from megjax.units import db_to_linear
 
 POWERS = ("codec", "equal")
@@ -44,22 +44,14 @@ class Scheme(Protocol):
         """Latents from what the receivers have, `estimate` [b n] and `snr` [b n]."""
 
 
-def _scheme(cls):
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
-
-
-def _static(**options):
-    return dataclasses.field(metadata={"static": True}, **options)
-
-
-@_scheme
+@pytree_dataclass
 class LearnedScheme:
     """The learned codec, as `LearnedScheme(codec.graph, codec.state)` of a `SeedCodec`.
 
     With transform "raw" it is the raw latent with a learned receiver.
     """
 
-    graph: nnx.GraphDef = _static()
+    graph: nnx.GraphDef = static()
     state: nnx.State
 
     def spending(self, snr_db: Float[ArrayLike, ""], num_symbols: int, num_blocks: int, mapping: str) -> link.Spending:
@@ -84,13 +76,13 @@ class LearnedScheme:
         return nnx.merge(self.graph, self.state)
 
 
-@_scheme
+@pytree_dataclass
 class KLTScheme:
     """The KLT with the loads of every value that are best for a fading law, given by its `mean_error`."""
 
     statistics: LatentStatistics
-    latent_shape: tuple[int, int, int] = _static()
-    mean_error: MeanError = _static(default=mean_lmmse_error_rayleigh)
+    latent_shape: tuple[int, int, int] = static()
+    mean_error: MeanError = static(default=mean_lmmse_error_rayleigh)
 
     def spending(self, snr_db: Float[ArrayLike, ""], num_symbols: int, num_blocks: int, mapping: str) -> link.Spending:
         """As in `Scheme`: `klt_load` of the first 2K values."""
@@ -114,7 +106,7 @@ class KLTScheme:
         return jax.vmap(lambda r: linear.klt_decode(self.statistics, *r, self.latent_shape))(received)
 
 
-@_scheme
+@pytree_dataclass
 class RawScheme:
     """The raw latent in its natural order at equal power, standardised per channel.
 
@@ -123,7 +115,7 @@ class RawScheme:
 
     mean: Float[Array, " c"]
     std: Float[Array, " c"]
-    latent_shape: tuple[int, int, int] = _static()
+    latent_shape: tuple[int, int, int] = static()
     statistics: LatentStatistics | None = None
 
     @classmethod

@@ -1,6 +1,5 @@
 """Samplers as pure functions over precomputed schedules: DDIM, PNDM, Euler, Euler ancestral and DPM-Solver++ 2M."""
 
-import dataclasses
 import functools
 import operator
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from megjax.diffusion.schedules import (
     inference_timesteps,
     prediction_weights,
 )
+from megjax.pytrees import pytree_dataclass, static
 
 # Adams-Bashforth weights of the current and the last three outputs, by how many of the last three are known
 # (Liu et al. 2022, PNDM, eq. 9 and appendix; the first row is a plain DDIM step).
@@ -25,19 +25,7 @@ _PLMS_WEIGHTS = np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55,
 _HISTORY = {"pndm": 4, "dpm++": 1}  # arrays of the latent's shape that the solver remembers
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "timesteps",
-        "alpha_bars",
-        "x0_weights",
-        "epsilon_weights",
-        "output_weights",
-        "init_noise_sigma",
-    ],
-    meta_fields=["name", "num_steps", "stochastic", "clip_range"],
-)
-@dataclasses.dataclass(frozen=True, eq=False)
+@functools.partial(pytree_dataclass, eq=False)
 class Sampler:
     """Host-made float32 tables of one sampler at one number of steps; a pytree whose tables are leaves.
 
@@ -55,14 +43,13 @@ class Sampler:
     epsilon_weights: Float[Array | np.ndarray, "n 2"]
     output_weights: Float[Array | np.ndarray, "n 4"]
     init_noise_sigma: Float[Array | np.ndarray, ""]
-    name: str
-    num_steps: int  # model calls: PNDM makes one more than asked for, as diffusers does
-    stochastic: bool
-    clip_range: float | None
+    name: str = static()
+    num_steps: int = static()  # model calls: PNDM makes one more than asked for, as diffusers does
+    stochastic: bool = static()
+    clip_range: float | None = static()
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["history", "count"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class SolverState:
     """What a multi-step solver remembers, with fixed shapes.
 

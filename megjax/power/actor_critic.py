@@ -16,6 +16,7 @@ from megjax.configs import from_mapping, read_json, require, require_positive_in
 from megjax.power.environment import episode_features, observation, observation_size, share_of_offset
 from megjax.power.laws import TABLE_SIZE, LoadTable, static_power
 from megjax.power.problem import Problem, check_gains
+from megjax.pytrees import pytree_dataclass, static
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -91,8 +92,7 @@ class ActorCritic(nnx.Module):
         self.critic = MLP(config.critic_inputs, config.hidden, 1, rngs)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class LearnedPower:
     """A trained actor, taking its mean action; `policy.allocate` as of any power policy.
 
@@ -100,8 +100,8 @@ class LearnedPower:
     """
 
     causal: ClassVar[bool] = True
-    config: ActorCriticConfig = dataclasses.field(metadata={"static": True})
-    graph: Any = dataclasses.field(metadata={"static": True})
+    config: ActorCriticConfig = static()
+    graph: Any = static()
     state: Any
     mean: Float[Array, " o"]
     std: Float[Array, " o"]

@@ -21,8 +21,9 @@ from jaxtyping import Array, Float
 from megjax.channel import OFDM, Fading, GaussMarkovFading, JakesFading, ShadowedFading
 from megjax.configs import require
 from megjax.power.laws import GainLaw, gain_law
-from megjax.power.policies import policy, spend
+from megjax.power.policies import spend
 from megjax.power.problem import Problem
+from megjax.pytrees import pytree_dataclass
 
 ENERGIES = 193
 """Grid points of the energy left, cubic from 0 to all of it."""
@@ -62,7 +63,7 @@ def markov_law(fading: GaussMarkovFading) -> MarkovLaw:
     return MarkovLaw(*(jnp.asarray(x, jnp.float32) for x in (gains, stationary / stationary.sum(), transitions)))
 
 
-@policy
+@pytree_dataclass
 class CausalOptimum:
     """The causal optimum by dynamic programming over energy and gain; `law` is that of `causal_optimum`.
 

@@ -7,7 +7,6 @@ One transmission a call: the caller vmaps over gains, and over problems where ne
 what is left on the last block.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from megjax.power.laws import GainLaw, LoadTable, static_power
 from megjax.power.problem import Problem, check_gains
+from megjax.pytrees import pytree_dataclass
 
 _BISECTIONS = 40
 _THRESHOLDS = 128
@@ -41,11 +41,6 @@ class View(NamedTuple):
     energy: Float[Array, ""]
 
 
-def policy(cls):
-    """Make `cls` a frozen dataclass and a pytree of its fields; those with static metadata are structure."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
-
-
 def spend(
     decide: Callable[[View], Float[Array, ""]], gains: Float[Array, " t"], problem: Problem
 ) -> Float[Array, " t"]:
@@ -67,7 +62,7 @@ def spend(
     return jax.lax.scan(step, jnp.asarray(problem.energy, jnp.float32), jnp.arange(num_blocks))[1]
 
 
-@policy
+@pytree_dataclass
 class EqualPower:
     """The same power in every block, whatever the gains and weights."""
 
@@ -79,7 +74,7 @@ class EqualPower:
         return jnp.minimum(jnp.full(gains.shape, problem.energy / gains.shape[0]), problem.max_power)
 
 
-@policy
+@pytree_dataclass
 class StaticPower:
     """Open loop: the powers that minimise sum w_t E[1 / (1 + p_t g snr)], from the law of the gains alone."""
 
@@ -92,7 +87,7 @@ class StaticPower:
         return static_power(self.table, problem.weights, problem.snr, problem.energy, problem.max_power)
 
 
-@policy
+@pytree_dataclass
 class LoadedPower:
     """Open loop with given loads [t], such as the codec's own: p_t in proportion to them."""
 
@@ -107,7 +102,7 @@ class LoadedPower:
         return jnp.minimum(problem.energy * self.load / jnp.sum(self.load), problem.max_power)
 
 
-@policy
+@pytree_dataclass
 class ChannelInversion:
     """Truncated inversion: p_t = c / g_t, zero below a threshold, with c for the mean power under the law.
 
@@ -133,7 +128,7 @@ class ChannelInversion:
         )
 
 
-@policy
+@pytree_dataclass
 class Waterfilling:
     """Water-filling over time: p_t = (1 / gamma0 - sigma^2 / g_t)+, gamma0 for the mean power under the law.
 
@@ -159,7 +154,7 @@ class Waterfilling:
         return spend(lambda view: jnp.maximum(level - floor(view.gain), 0.0), gains, problem)
 
 
-@policy
+@pytree_dataclass
 class ClairvoyantWaterfilling:
     """Water-filling over the gains of this transmission, all known in advance: the most capacity, not the least error.
 
@@ -187,7 +182,7 @@ class ClairvoyantWaterfilling:
         return _between(power(low), power(high), problem)
 
 
-@policy
+@pytree_dataclass
 class Clairvoyant:
     """The least sum w_t / (1 + p_t g_t snr) for gains known in advance: no policy does better on any transmission.
 

@@ -1,6 +1,5 @@
 """Tests of the fading laws against their moments and distributions."""
 
-import dataclasses
 import functools
 
 import jax
@@ -19,6 +18,7 @@ from megjax.channel.fading import (
     ShadowedFading,
 )
 from megjax.channel.numerics import safe_sqrt
+from megjax.pytrees import pytree_dataclass
 
 NUM = 20_000
 NUM_DISTRIBUTION = 2**20
@@ -180,8 +180,7 @@ def test_shadowing_is_constant_over_an_image():
     np.testing.assert_array_equal(realisations(ShadowedFading(NoFading(), 0.0), 0), np.ones((NUM, 4)))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class SteppedGain:
     """A law that is not the library's: it meets the protocol and is a pytree."""
 

@@ -11,9 +11,10 @@ from scipy.special import j0
 
 from megjax.channel import Fading, equalize_lmmse, transmit
 from megjax.channel.ofdm import OFDM
-from megjax.channel.parameters import channel_model, static
+from megjax.channel.parameters import channel_model
 from megjax.channel.tdl import TDL, TappedDelayLine
 from megjax.channel.tdl_profiles import PROFILES
+from megjax.pytrees import static
 
 FOUR_SIGMA = 4.0
 SPACING_HZ = 15e3

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megjax.channel.parameters import channel_model, check, check_count, scalar, static
+from megjax.channel.parameters import channel_model, check, check_count, scalar
+from megjax.pytrees import static
 
 
 @channel_model

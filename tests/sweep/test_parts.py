@@ -15,6 +15,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from megjax.codec import link
+from megjax.pytrees import pytree_dataclass
 
 
 class Fixed:
@@ -32,8 +33,7 @@ class Unhashable(Fixed):
     gain: float = 1.0
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class First:
     """All power on the first block."""
 
