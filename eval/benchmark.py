@@ -34,8 +34,8 @@ gymnax's does, and in a second version is spared that. stable-baselines3 runs on
 faster.
 
 Stage `diffusion` calls the U-Net once, for all networks with random weights; guidance needs two inputs an image. Rates
-of operations count what XLA counts in megjax's program, for the others too; `matmul` is a product of square matrices in
-the same numbers and the same run.
+of operations count those of the layers as they are defined, for all; on a CPU megjax's convolutions make fewer, so that
+it can pass `matmul`, a product of square matrices in the same numbers and the same run.
 
 Stage `system` takes latents through seed coding, fading, reception and the VAE, every latent over many realisations;
 the PyTorch link has the same weights. The loop calls the compiled program once a reception.

@@ -28,6 +28,8 @@ class Arguments:
     """Denoising steps."""
     guidance: float = 3.0
     """Classifier-free guidance scale."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Share of the steps with guidance, from and to; the others take half the work."""
     sampler: str | None = None
     """ddim, pndm, euler, euler_ancestral or dpm++; default: the model's own."""
     seed: int = 0
@@ -43,7 +45,13 @@ def run(args: Arguments) -> None:
     check_seed(args.seed)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     pipe, scenenet = StableDiffusion.from_pretrained(folder), SceneNet.load(folder / "scenenet")
-    options = {"num_steps": args.steps, "guidance_scale": args.guidance, "sampler": args.sampler, "seed": args.seed}
+    options = {
+        "num_steps": args.steps,
+        "guidance_scale": args.guidance,
+        "guidance_interval": args.guidance_interval,
+        "sampler": args.sampler,
+        "seed": args.seed,
+    }
     figures = measure(pipe, scenenet, args.num, **options)
     device = jax.devices()[0].device_kind
     write_json(args.output, {**figures, "settings": options, "device": device, "jax": jax.__version__})

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from megjax.cost import CHIPS, Chip, Collective, Cost, Memory, cost_of, find_chip, roofline, shapes_of
+from megjax.cost import CHIPS, Chip, Collective, Cost, Memory, cost_of, find_chip, nominal_flops, roofline, shapes_of
+from megjax.diffusion.layers import conv
 
 
 def matrix(m, n, dtype=jnp.float32):
@@ -21,6 +23,15 @@ def test_matrix_product_takes_2mnk_operations():
     assert cost.bytes_accessed == 4 * (64 * 128 + 128 * 32 + 64 * 32)
     assert (cost.memory.arguments, cost.memory.outputs) == (4 * (64 * 128 + 128 * 32), 4 * 64 * 32)
     assert cost.collectives == ()
+
+
+def test_nominal_operations_are_those_of_the_layers_on_every_machine():
+    layer = conv(128, 64, 3, jnp.float32, nnx.Rngs(0))
+    x = jax.ShapeDtypeStruct((2, 16, 16, 128), jnp.float32)
+    # Windows at the border see padding, which XLA does not count.
+    taps = (3 * 16 - 2) ** 2
+    assert nominal_flops(lambda x: layer(x), x) == pytest.approx(2 * 2 * taps * 128 * 64, rel=1e-2)
+    assert cost_of(lambda x: layer(x), x).flops < 0.6 * nominal_flops(lambda x: layer(x), x)
 
 
 def test_a_loop_body_counts_once_and_composition_multiplies():

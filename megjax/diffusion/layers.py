@@ -1,10 +1,14 @@
 """Layers shared by the U-Net, the VAE and the text encoder, channels-last, named as in the diffusers state dict."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
+
+from megjax.diffusion.winograd import winograd
 
 
 class Identity(nnx.Module):
@@ -53,23 +57,50 @@ class GroupNorm(nnx.Module):
 def conv(inputs: int, outputs: int, size: int, dtype, rngs: nnx.Rngs, *, stride: int = 1, padding=None) -> nnx.Conv:
     """A square 2-D convolution with PyTorch's symmetric `size // 2` padding unless `padding` says otherwise."""
     pad = ((size // 2, size // 2),) * 2 if padding is None else padding
-    kind = DeepConv if size == 3 and stride == 1 and padding is None and inputs >= DEEP else nnx.Conv
+    kind = Conv3x3 if size == 3 and stride == 1 and padding is None else nnx.Conv
     return kind(inputs, outputs, (size, size), strides=stride, padding=pad, dtype=dtype, rngs=rngs)
 
 
-DEEP, FEW_PIXELS = 512, 64
-"""Input channels from which, and pixels up to which, a CPU computes a convolution as one product."""
+class Conv3x3(nnx.Conv):
+    """A 3x3 convolution with stride 1 and "same" padding; on a CPU, whichever way of computing it is the fastest.
 
-
-class DeepConv(nnx.Conv):
-    """A 3x3 convolution, "same" padding, of many channels: on a CPU and few pixels one product of gathered windows."""
+    In float32 that is Winograd's from `WINOGRAD_CHANNELS` on, for as many images at a time as keeps its tiles in the
+    caches, unless channels are so many that products take longer than memory; many channels of few pixels are one
+    product of gathered windows.
+    """
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:
-        if x.shape[1] * x.shape[2] > FEW_PIXELS:
-            return super().__call__(x)
         kernel, bias = (value[...].astype(self.dtype) for value in (self.kernel, self.bias))
-        out = jax.lax.platform_dependent(x.astype(self.dtype), kernel, cpu=_one_product, default=_convolve)
-        return out + bias[None, None, None]
+        return conv3x3(x.astype(self.dtype), kernel) + bias[None, None, None]
+
+
+WINOGRAD_CHANNELS, PRODUCT_CHANNELS = 64, 256
+"""Fewest input and output channels of Winograd's convolution; from how many on its tiles need not fit into caches."""
+_TILE_BYTES = 2**24
+_FEW_PIXELS, _DEEP, _DEEPER = 64, 512, 1024
+
+
+def conv3x3(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h w o"]:
+    """The convolution of `Conv3x3` without its bias."""
+    height, width, channels = x.shape[1:]
+    image_bytes = 16 * height * width * channels
+    if height * width <= _FEW_PIXELS and channels >= _DEEP:
+        on_cpu = _one_product
+    elif x.dtype != jnp.float32 or min(kernel.shape[2:]) < WINOGRAD_CHANNELS:
+        return _convolve(x, kernel)
+    elif min(kernel.shape[2:]) >= PRODUCT_CHANNELS:
+        on_cpu = winograd
+    elif image_bytes <= _TILE_BYTES:
+        on_cpu = functools.partial(_winograd_in_parts, images=_TILE_BYTES // image_bytes)
+    else:
+        return _convolve(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=_convolve)
+
+
+def _winograd_in_parts(x, kernel, images: int):
+    if len(x) <= images:
+        return winograd(x, kernel)
+    return jax.lax.map(lambda image: winograd(image[None], kernel)[0], x, batch_size=images)
 
 
 def _one_product(x, kernel):
@@ -147,12 +178,13 @@ def attend(
 
 MANY_LOGITS = 2**18
 """Logits of one head, 1 MiB of float32, from which on a CPU computes attention in parts that stay in its caches."""
+_LOGITS_OF_A_PART = 2**21
 
 
 def _attend_in_parts(query, key, value):
     batch, queries, heads, size = query.shape
     of_heads = [x.transpose(0, 2, 1, 3).reshape(batch * heads, -1, size) for x in (query, key, value)]
-    part = max(1, 2 * MANY_LOGITS // key.shape[1])
+    part = min(queries, max(1, _LOGITS_OF_A_PART // key.shape[1]))
     count = -(-queries // part)
 
     def one_head(of_head):
@@ -195,10 +227,16 @@ class ResnetBlock2D(nnx.Module):
             self.conv_shortcut = conv(inputs, outputs, 1, dtype, rngs)
         self.has_shortcut = inputs != outputs
 
-    def __call__(self, x: Float[Array, "b h w c"], time: Float[Array, "b e"] | None = None) -> Float[Array, "b h w d"]:
+    def shift(self, time: Float[Array, "n e"]) -> Float[Array, "n d"]:
+        """What embedded timesteps add to every pixel between the convolutions."""
+        return self.time_emb_proj(nnx.silu(time))
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], shift: Float[Array, "#b d"] | None = None
+    ) -> Float[Array, "b h w d"]:
         y = self.conv1(nnx.silu(self.norm1(x)))
-        if time is not None:
-            y = y + self.time_emb_proj(nnx.silu(time))[:, None, None]
+        if shift is not None:
+            y = y + shift[:, None, None]
         y = self.conv2(nnx.silu(self.norm2(y)))
         return y + (self.conv_shortcut(x) if self.has_shortcut else x)
 
@@ -217,7 +255,8 @@ class Downsample2D(nnx.Module):
 class Upsample2D(nnx.Module):
     """Nearest-neighbour upsampling to `size` (default: twice the input), then a convolution.
 
-    On a CPU the two are one where the size doubles: of every 3x3 window at most four input pixels are different.
+    On a CPU the two are one where the size doubles, as at most four input pixels of a 3x3 window are different, unless
+    channels are so many that summing the kernel's taps takes too long.
     """
 
     def __init__(self, channels: int, dtype, *, rngs: nnx.Rngs):
@@ -227,7 +266,8 @@ class Upsample2D(nnx.Module):
         if size is None or size == (2 * x.shape[1], 2 * x.shape[2]):
             dtype = self.conv.dtype
             kernel, bias = (value[...].astype(dtype) for value in (self.conv.kernel, self.conv.bias))
-            out = jax.lax.platform_dependent(x.astype(dtype), kernel, cpu=_double_by_phases, default=_double)
+            on_cpu = _double_by_phases if x.shape[-1] < _DEEPER or dtype != jnp.float32 else _double_and_convolve
+            out = jax.lax.platform_dependent(x.astype(dtype), kernel, cpu=on_cpu, default=_double)
             return out + bias[None, None, None]
         for axis in (1, 2):
             length, target = x.shape[axis], size[axis - 1]
@@ -235,12 +275,23 @@ class Upsample2D(nnx.Module):
         return self.conv(x)
 
 
-_PHASES = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
-"""[phase, tap, row of the kernel]: which rows of a 3x3 kernel see the same input row, for output rows 2i and 2i + 1."""
+def _phase_sums(kernel, axis: int):
+    """Taps [2 along axis] of output pixels 2i and of 2i + 1: two of the kernel's three see the same input pixel."""
+    first, second, third = jnp.split(kernel, 3, axis=axis)
+    even = jnp.concatenate([first, second + third], axis=axis)
+    return even, jnp.concatenate([first + second, third], axis=axis)
+
+
+def _repeat(x):
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
 def _double(x, kernel):
-    return _convolve(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2), kernel)
+    return _convolve(_repeat(x), kernel)
+
+
+def _double_and_convolve(x, kernel):
+    return conv3x3(_repeat(x), kernel)
 
 
 def _double_by_phases(x, kernel):
@@ -249,8 +300,8 @@ def _double_by_phases(x, kernel):
     As W. Shi et al., "Is the deconvolution layer the same as a convolutional layer?", 2016, have it for subpixels.
     """
     batch, height, width, channels = x.shape
-    phases = jnp.asarray(_PHASES, kernel.dtype)
-    taps = jnp.einsum("apr,bqs,rsio->pqiabo", phases, phases, kernel).reshape(2, 2, channels, -1)
+    taps = [_phase_sums(row, 1) for row in _phase_sums(kernel, 0)]
+    taps = jnp.concatenate([taps[a][b] for a in (0, 1) for b in (0, 1)], -1)
     numbers = ("NHWC", "HWIO", "NHWC")
     found = jax.lax.conv_general_dilated(x, taps, (1, 1), ((1, 1), (1, 1)), dimension_numbers=numbers)
     found = found.reshape(batch, height + 1, width + 1, 2, 2, -1)

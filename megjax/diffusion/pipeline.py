@@ -55,7 +55,7 @@ class StableDiffusion:
         words, table = len(tokenizer), configs.text_encoder.vocab_size
         require(words <= table, "number of the tokenizer's tokens", words, f"at most {table} (vocab_size)")
         self.configs, self.graphs, self.params, self.tokenizer = configs, graphs, params, tokenizer
-        static = ("shape", "clip_skip")
+        static = ("shape", "clip_skip", "guidance_interval")
         self._latents = jax.jit(functools.partial(generation.generate_latents, graphs), static_argnames=static)
         self._decode = jax.jit(functools.partial(generation.decode, graphs), static_argnames="batch_size")
         self._encode = jax.jit(functools.partial(generation.encode, graphs), static_argnames="batch_size")
@@ -141,7 +141,19 @@ class StableDiffusion:
         require(isinstance(num_steps, int) and num_steps >= 1, "num_steps", num_steps, "an integer of at least 1")
         return self._sampler(name, num_steps, float(eta))
 
-    def _arguments(self, ids, negative_ids, guidance_scale, num_steps, sampler, eta, height, width, initial_noise):
+    def _arguments(
+        self,
+        ids,
+        negative_ids,
+        guidance_scale,
+        guidance_interval,
+        num_steps,
+        sampler,
+        eta,
+        height,
+        width,
+        initial_noise,
+    ):
         shape = self.latent_shape(height, width)
         require(np.ndim(ids) == 2, "ids", np.shape(ids), "of shape [b l], as tokenize gives")
         if initial_noise is not None:
@@ -158,6 +170,7 @@ class StableDiffusion:
             "shape": shape,
             "negative_ids": negative_ids if guided else None,
             "guidance_scale": jnp.float32(guidance_scale),
+            "guidance_interval": tuple(map(float, guidance_interval)),
             "initial_noise": initial_noise,
         }
 
@@ -169,6 +182,7 @@ class StableDiffusion:
         *,
         num_steps: int = 25,
         guidance_scale: float = 5.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         sampler: str | None = None,
         eta: float = 0.0,
         height: int | None = None,
@@ -180,12 +194,22 @@ class StableDiffusion:
         """Latents [b h w c] for token ids, unit-scaled as the U-Net sees them, float32.
 
         Image i depends on `key`, i and its prompt, not on the batch. Guidance is off at `guidance_scale` <= 1;
-        `negative_ids` defaults to the empty prompt. `initial_noise` (unit variance) replaces what `key` draws.
+        `negative_ids` defaults to the empty prompt; outside of `guidance_interval`, a share of the steps from the first
+        on, there is no guidance. `initial_noise` (unit variance) replaces what `key` draws.
 
-        Raises ValueError on an unknown sampler, bad step count, or sizes that are not multiples of `downsample`.
+        Raises ValueError on an unknown sampler, bad step count or interval, or sizes that `downsample` does not divide.
         """
         table, options = self._arguments(
-            ids, negative_ids, guidance_scale, num_steps, sampler, eta, height, width, initial_noise
+            ids,
+            negative_ids,
+            guidance_scale,
+            guidance_interval,
+            num_steps,
+            sampler,
+            eta,
+            height,
+            width,
+            initial_noise,
         )
         return self._latents(self.params, table, key, ids, sampler_noise=sampler_noise, clip_skip=clip_skip, **options)
 
@@ -197,6 +221,7 @@ class StableDiffusion:
         *,
         num_steps: int = 25,
         guidance_scale: float = 5.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         sampler: str | None = None,
         eta: float = 0.0,
         height: int | None = None,
@@ -211,7 +236,16 @@ class StableDiffusion:
         `decode_batch` bounds how many images the decoder holds at once; the rest is as in `generate_latents`.
         """
         table, options = self._arguments(
-            ids, negative_ids, guidance_scale, num_steps, sampler, eta, height, width, initial_noise
+            ids,
+            negative_ids,
+            guidance_scale,
+            guidance_interval,
+            num_steps,
+            sampler,
+            eta,
+            height,
+            width,
+            initial_noise,
         )
         options |= {"sampler_noise": sampler_noise, "clip_skip": clip_skip, "decode_batch": decode_batch}
         return self._image(self.params, table, key, ids, **options)

@@ -296,7 +296,8 @@ def denoise(
     """Runs steps `start` to `stop` (all that remain if None) by `lax.scan`.
 
     Args:
-      model_fn: (scaled input, timestep) -> model output; guidance is its business.
+      model_fn: (scaled input, timestep) -> model output; guidance is its business. Where it has a method `at_steps`,
+        `model_fn.at_steps(timesteps)` is used instead, (scaled input, index of the timestep) -> model output.
       x: input of step `start` in the sampler's own space (`scale_initial` at step 0, `from_vp` elsewhere).
       state: what an earlier call returned, to go on exactly where it stopped; None restarts the solver at `start`.
       key: for stochastic samplers, one for the batch or one for each of its elements [b]; step i draws with
@@ -323,9 +324,13 @@ def denoise(
     elif state.history.shape != fresh.history.shape:
         raise ValueError(f"state.history of shape {state.history.shape} must have shape {fresh.history.shape}")
 
+    timesteps = jnp.asarray(sampler.timesteps)
+    at_steps = getattr(model_fn, "at_steps", lambda times: lambda x, i: model_fn(x, times[i]))
+    output_at = at_steps(timesteps)
+
     def body(carry, i):
         x, state = carry
-        output = model_fn(scale_input(sampler, x, i), jnp.asarray(sampler.timesteps)[i])
+        output = output_at(scale_input(sampler, x, i), i)
         draw = None
         if sampler.stochastic:
             draw = _draw(key, i, x.shape) if noise is None else jnp.asarray(noise)[i]

@@ -10,9 +10,12 @@ from megjax.diffusion.layers import GroupNorm, Identity, attend, conv, layer_nor
 GROUP_NORM_EPS = 1e-6
 LAYER_NORM_EPS = 1e-5
 
+KeysAndValues = tuple[Float[Array, "_ _ _"], Float[Array, "_ _ _"]]
+"""Of one attention, [b l d] each."""
+
 
 class CrossAttention(nnx.Module):
-    """Multi-head attention from pixels to `context`, or to the pixels themselves when there is none."""
+    """Multi-head attention from pixels to a text, by its keys and values, or to the pixels themselves."""
 
     def __init__(self, width: int, context_width: int, num_heads: int, upcast: bool, dtype, *, rngs: nnx.Rngs):
         self.to_q = linear(width, width, dtype, rngs, use_bias=False)
@@ -21,9 +24,12 @@ class CrossAttention(nnx.Module):
         self.to_out = nnx.List([linear(width, width, dtype, rngs)])
         self.num_heads, self.upcast = num_heads, upcast
 
-    def __call__(self, x: Float[Array, "b n d"], context: Float[Array, "b l e"] | None = None) -> Float[Array, "b n d"]:
-        context = x if context is None else context
-        query, key, value = self.to_q(x), self.to_k(context), self.to_v(context)
+    def keys_and_values(self, context: Float[Array, "b l e"]) -> KeysAndValues:
+        """What is attended to; of a text the same at every denoising step."""
+        return self.to_k(context), self.to_v(context)
+
+    def __call__(self, x: Float[Array, "b n d"], text: KeysAndValues | None = None) -> Float[Array, "b n d"]:
+        query, (key, value) = self.to_q(x), self.keys_and_values(x) if text is None else text
         return self.to_out[0](attend(query, key, value, self.num_heads, upcast=self.upcast))
 
 
@@ -62,9 +68,9 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = layer_norm(width, LAYER_NORM_EPS, dtype, rngs)
         self.ff = FeedForward(width, dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b n d"], context: Float[Array, "b l e"]) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b n d"], text: KeysAndValues) -> Float[Array, "b n d"]:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn2(self.norm2(x), text)
         return x + self.ff(self.norm3(x))
 
 
@@ -102,8 +108,12 @@ class Transformer2DModel(nnx.Module):
         )
         self.proj_out = project()
 
-    def __call__(self, x: Float[Array, "b h w c"], context: Float[Array, "b l e"]) -> Float[Array, "b h w c"]:
+    def keys_and_values(self, context: Float[Array, "b l e"]) -> list[KeysAndValues]:
+        """Of a text, for each block."""
+        return [block.attn2.keys_and_values(context) for block in self.transformer_blocks]
+
+    def __call__(self, x: Float[Array, "b h w c"], text: list[KeysAndValues]) -> Float[Array, "b h w c"]:
         tokens = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
-        for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+        for block, attended in zip(self.transformer_blocks, text, strict=True):
+            tokens = block(tokens, attended)
         return x + self.proj_out(tokens.reshape(x.shape))

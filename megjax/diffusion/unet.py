@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Shaped
 
 from megjax.configs import from_mapping, require, require_positive_integers
 from megjax.diffusion.layers import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv, linear, narrow_conv
-from megjax.diffusion.transformer import Transformer2DModel
+from megjax.diffusion.transformer import KeysAndValues, Transformer2DModel
 
 DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
@@ -166,13 +166,13 @@ class DownBlock(nnx.Module):
         if not self.last:
             self.downsamplers = nnx.List([Downsample2D(widths[level], config.dtype, rngs=rngs)])
 
-    def __call__(self, x, time, context):
-        """The result [b h2 w2 d] and the list of skips."""
+    def __call__(self, x, shifts, texts):
+        """The result [b h2 w2 d] and the list of skips; takes what it needs of two iterators, as all blocks do."""
         skips = []
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, time)
+            x = resnet(x, next(shifts))
             if self.attends:
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, next(texts))
             skips.append(x)
         if not self.last:
             x = self.downsamplers[0](x)
@@ -186,10 +186,12 @@ class MidBlock(nnx.Module):
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
         width, level = config.block_out_channels[-1], len(config.block_out_channels) - 1
         self.resnets = nnx.List([_resnet(config, width, width, rngs) for _ in range(2)])
+        self.attends = True
         self.attentions = nnx.List([_transformer(config, level, rngs)])
 
-    def __call__(self, x, time, context):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, time), context), time)
+    def __call__(self, x, shifts, texts):
+        x = self.attentions[0](self.resnets[0](x, next(shifts)), next(texts))
+        return self.resnets[1](x, next(shifts))
 
 
 class UpBlock(nnx.Module):
@@ -213,12 +215,12 @@ class UpBlock(nnx.Module):
         if not self.last:
             self.upsamplers = nnx.List([Upsample2D(outputs, config.dtype, rngs=rngs)])
 
-    def __call__(self, x, skips, time, context):
+    def __call__(self, x, skips, shifts, texts):
         """The result; takes its skips off the end of the list `skips`."""
         for i, resnet in enumerate(self.resnets):
-            x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), time)
+            x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), next(shifts))
             if self.attends:
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, next(texts))
         # Odd sizes: the way down rounded up, so the way up ends at the size of the skip that comes next.
         return x if self.last else self.upsamplers[0](x, skips[-1].shape[1:3])
 
@@ -237,31 +239,42 @@ class UNet2DConditionModel(nnx.Module):
         self.conv_out = narrow_conv(widths[0], config.out_channels, dtype, rngs)
         self.config = config
 
+    def _blocks(self):
+        return [*self.down_blocks, self.mid_block, *self.up_blocks]
+
+    def texts(self, context: Float[Array, "b l e"]) -> list[list[KeysAndValues]]:
+        """Keys and values of text features for every transformer; ValueError if they are of another width."""
+        width, expected = context.shape[-1], self.config.cross_attention_dim
+        require(width == expected, "width of the text features", width, f"{expected} (cross_attention_dim)")
+        context = context.astype(self.config.dtype)
+        attentions = [attention for block in self._blocks() if block.attends for attention in block.attentions]
+        return [attention.keys_and_values(context) for attention in attentions]
+
+    def shifts(self, timesteps: Shaped[Array, " n"]) -> list[Float[Array, "n _"]]:
+        """What timesteps add in every residual block, each of another width."""
+        config = self.config
+        options = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
+        features = timestep_features(timesteps, config.block_out_channels[0], **options)
+        time = self.time_embedding(features.astype(config.dtype))
+        return [resnet.shift(time) for block in self._blocks() for resnet in block.resnets]
+
     def __call__(
         self, x: Float[Array, "b h w c"], timesteps: Shaped[Array, " b"], context: Float[Array, "b l e"]
     ) -> Float[Array, "b h w d"]:
         """Model output in float32. Raises ValueError if `context` has another width than the checkpoint's."""
-        config = self.config
-        require(
-            context.shape[-1] == config.cross_attention_dim,
-            "width of the text features",
-            context.shape[-1],
-            f"{config.cross_attention_dim} (cross_attention_dim)",
-        )
-        features = timestep_features(
-            timesteps,
-            config.block_out_channels[0],
-            flip_sin_to_cos=config.flip_sin_to_cos,
-            freq_shift=config.freq_shift,
-        )
-        time = self.time_embedding(features.astype(config.dtype))
-        context = context.astype(config.dtype)
-        x = self.conv_in(x.astype(config.dtype))
+        return self.denoise(x, self.shifts(timesteps), self.texts(context))
+
+    def denoise(
+        self, x: Float[Array, "b h w c"], shifts: list[Float[Array, "#b _"]], texts: list[list[KeysAndValues]]
+    ) -> Float[Array, "b h w d"]:
+        """Model output for timesteps and text that have gone through `shifts` and `texts`."""
+        shifts, texts = iter(shifts), iter(texts)
+        x = self.conv_in(x.astype(self.config.dtype))
         skips = [x]
         for block in self.down_blocks:
-            x, new = block(x, time, context)
+            x, new = block(x, shifts, texts)
             skips += new
-        x = self.mid_block(x, time, context)
+        x = self.mid_block(x, shifts, texts)
         for block in self.up_blocks:
-            x = block(x, skips, time, context)
+            x = block(x, skips, shifts, texts)
         return self.conv_out(nnx.silu(self.conv_norm_out(x))).astype(jnp.float32)

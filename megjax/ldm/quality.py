@@ -31,6 +31,7 @@ def measure(
     batch: int = 50,
     num_steps: int = 25,
     guidance_scale: float = 3.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     sampler: str | None = None,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
@@ -55,6 +56,7 @@ def measure(
             pipe.tokenize(captions),
             num_steps=num_steps,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             sampler=sampler,
         )
         labels, stated = describe(drawn)

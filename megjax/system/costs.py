@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from megjax.configs import require
-from megjax.cost import cost_of
+from megjax.cost import nominal_flops
 from megjax.diffusion import generation
 from megjax.system.links import Source
 from megjax.system.simulator import Simulator
@@ -71,7 +71,7 @@ class SchemeCost:
 
 
 def measure_work(simulator: Simulator, ids: Array | np.ndarray, known: Work | None = None) -> Work:
-    """Operations of the stages of a simulator for one image, each compiled alone and counted by XLA.
+    """Operations of the stages of a simulator for one image, each counted by XLA alone, the same on every machine.
 
     `ids` [b l] are token ids of any prompt. All but seed coding and decoding is taken from `known` if given: the work
     of another scheme of the same pipeline and guidance. The host's image codec is not counted. Raises ValueError if the
@@ -124,9 +124,9 @@ def measure_work(simulator: Simulator, ids: Array | np.ndarray, known: Work | No
 
 
 def _flops(stage: Callable, *args: PyTree) -> float:
-    """Operations of a stage; it is compiled as a function of leaves, which need not fit the classes of their trees."""
+    """Operations of a stage, as a function of leaves, which need not fit the classes of their trees."""
     leaves, tree = jax.tree.flatten(args)
-    return cost_of(lambda *flat: stage(*jax.tree.unflatten(tree, flat)), *leaves).flops
+    return nominal_flops(lambda *flat: stage(*jax.tree.unflatten(tree, flat)), *leaves)
 
 
 def scheme_cost(

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from megjax.diffusion import layers
+from megjax.diffusion.winograd import winograd
 
 
 def both(plain, fused, x, kernel):
@@ -37,15 +38,53 @@ def test_one_product():
     assert max(both(layers._convolve, layers._one_product, x, kernel)) < 1e-5
 
 
-def test_deep_convolutions_of_few_and_of_many_pixels():
-    deep = layers.conv(layers.DEEP, 4, 3, jnp.float32, nnx.Rngs(0))
-    assert isinstance(deep, layers.DeepConv)
-    deep.bias[...] = jnp.arange(4.0)
-    for side in (8, 9):
-        x = jax.random.normal(jax.random.key(side), (1, side, side, layers.DEEP))
-        np.testing.assert_allclose(deep(x), nnx.Conv.__call__(deep, x), atol=1e-4)
+@pytest.mark.parametrize("shape", [(2, 4, 6, 8), (1, 5, 3, 2), (1, 1, 1, 3), (1, 2, 7, 4)])
+def test_winograd(shape):
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((3, 3, shape[-1], 6)), jnp.float32)
+    assert winograd(x, kernel).shape == (*shape[:3], 6)
+    assert max(both(layers._convolve, winograd, x, kernel)) < 1e-5
+    # Nothing but rounding: in float64 both are the same.
+    with jax.enable_x64(True):
+        x, kernel = (jnp.asarray(np.asarray(value), jnp.float64) for value in (x, kernel))
+        np.testing.assert_allclose(winograd(x, kernel), layers._convolve(x, kernel), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("batch", "side", "inputs", "outputs", "name"),
+    [
+        (2, 8, 512, 8, "_one_product"),
+        (2, 9, 512, 8, "_convolve"),
+        (2, 9, 256, 256, "winograd"),
+        (5, 8, 64, 64, "winograd"),
+        (5, 200, 64, 64, "_convolve"),
+        (2, 8, 64, 63, "_convolve"),
+    ],
+)
+def test_every_way_of_a_convolution(monkeypatch, batch, side, inputs, outputs, name):
+    """Which way is taken, and that it gives what the plain one gives; of five images, two are taken at a time."""
+    monkeypatch.setattr(layers, "_TILE_BYTES", 2 * 16 * 8 * 8 * 64)
+    way, taken = getattr(layers, name), []
+    monkeypatch.setattr(layers, name, lambda *args: (taken.append(args[0].shape[0]), way(*args))[1])
+    layer = layers.conv(inputs, outputs, 3, jnp.float32, nnx.Rngs(0))
+    layer.bias[...] = jnp.arange(float(outputs))
+    x = jax.random.normal(jax.random.key(side), (batch, side, side, inputs))
+    np.testing.assert_allclose(layer(x), nnx.Conv.__call__(layer, x), rtol=1e-4, atol=1e-4)
+    assert taken
+    half = layers.conv(inputs, outputs, 3, jnp.bfloat16, nnx.Rngs(0))
+    assert half(x).dtype == jnp.bfloat16
+
+
+def test_other_convolutions_are_plain():
     for options in ({"stride": 2}, {"padding": ((0, 1), (0, 1))}):
-        assert type(layers.conv(layers.DEEP, 4, 3, jnp.float32, nnx.Rngs(0), **options)) is nnx.Conv
+        assert type(layers.conv(512, 4, 3, jnp.float32, nnx.Rngs(0), **options)) is nnx.Conv
+
+
+def test_doubling_of_very_many_channels():
+    up = layers.Upsample2D(1024, jnp.float32, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 5, 4, 1024))
+    np.testing.assert_allclose(up(x), layers._double(x, up.conv.kernel[...]), atol=1e-4)
 
 
 @pytest.mark.parametrize("outputs", [1, 3, 4])
@@ -76,9 +115,10 @@ def test_other_sizes_are_taken_as_they_are():
     np.testing.assert_allclose(up(x, (6, 6)), up(x), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(600, 512), (1030, 300), (4, 2**17)])
-def test_attention_in_parts(queries, keys):
+@pytest.mark.parametrize(("queries", "keys", "of_a_part"), [(600, 512, 2**17), (1030, 300, 2**17), (4, 2**17, 2**19)])
+def test_attention_in_parts(monkeypatch, queries, keys, of_a_part):
     """Also with a last part that is not full, and with gradients."""
+    monkeypatch.setattr(layers, "_LOGITS_OF_A_PART", of_a_part)
     assert queries * keys >= layers.MANY_LOGITS
     rng = np.random.default_rng(2)
     q, k, v = (jnp.asarray(rng.standard_normal((1, n, 2, 4)), jnp.float32) for n in (queries, keys, keys))

@@ -1,6 +1,7 @@
 """Generation itself: batching, retracing, guidance, sizes, bad input, and sampling in two parts."""
 
 import dataclasses
+import functools
 import inspect
 
 import jax
@@ -252,7 +253,8 @@ def test_finishing_partial_latents_equals_the_whole(small, ids, sampler):
     def halves(params):
         given = {"shape": LATENTS[1:], "stop": 2}
         x = generation.generate_latents(small.graphs, params, table, key, prompts, **given)
-        denoiser = generation.make_denoiser(small.graphs, params, prompts, None, 1.0)
+        features = generation.prompt_features(small.graphs, params, prompts)
+        denoiser = generation.denoiser_for(small.graphs, params, *features, 1.0)
         _, step_keys = generation.image_keys(jax.random.clone(key), len(prompts))
         return x, samplers.denoise(denoiser, table, samplers.from_vp(table, x, 2), start=2, key=step_keys)[0]
 
@@ -274,3 +276,49 @@ def test_all_steps_are_the_whole(small, ids, sampler):
     whole, stopped = (run(small.params, stop) for stop in (None, table.num_steps))
     scale = np.sqrt(float(samplers.alpha_bar(table, table.num_steps))) if sampler.startswith("euler") else 1.0
     assert np.abs(stopped - scale * whole).max() < FLOAT32 * np.abs(whole).max()
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "euler_ancestral"])
+def test_guidance_in_an_interval_of_steps(small, ids, sampler):
+    """Steps 2 and 3 of 4 are guided, and the solver remembers across the ends of the interval."""
+    key, prompts = jax.random.key(5), jnp.asarray(ids)
+    options = {"num_steps": 4, "sampler": sampler, "guidance_scale": 60.0}
+    run = functools.partial(small.generate_latents, key, prompts, **options)
+    whole, part, none = (np.asarray(run(guidance_interval=span)) for span in ((0.0, 1.0), (0.25, 0.75), (0.5, 0.5)))
+    np.testing.assert_array_equal(whole, run())
+    np.testing.assert_allclose(none, run(guidance_scale=1.0), atol=FLOAT32 * np.abs(none).max())
+    negative = jnp.repeat(jnp.asarray(small.tokenize([""])), len(prompts), axis=0)
+
+    class Switched:
+        """Guided in the interval only, one step at a time."""
+
+        def __init__(self, params):
+            features = generation.prompt_features(small.graphs, params, prompts, negative)
+            self.guided = generation.denoiser_for(small.graphs, params, *features, 60.0)
+            self.plain = generation.denoiser_for(small.graphs, params, features[0], None, 1.0)
+
+        def __call__(self, x, timestep):
+            raise NotImplementedError
+
+        def at_steps(self, timesteps):
+            def call(x, i):
+                return jnp.where((i >= 1) & (i < 3), self.guided(x, timesteps[i]), self.plain(x, timesteps[i]))
+
+            return call
+
+    @jax.jit
+    def expected(params, key):
+        noise_keys, step_keys = generation.image_keys(key, len(prompts))
+        noise = jax.vmap(lambda key: jax.random.normal(key, LATENTS[1:]))(noise_keys)
+        table = small.sampler(sampler, 4)
+        return samplers.denoise(Switched(params), table, samplers.scale_initial(table, noise), key=step_keys)[0]
+
+    found = expected(small.params, jax.random.key(5))
+    np.testing.assert_allclose(part, found, atol=5 * FLOAT32 * np.abs(part).max())
+    assert min(np.abs(part - other).max() for other in (whole, none)) > 20 * FLOAT32 * np.abs(part).max()
+
+
+@pytest.mark.parametrize("interval", [(-0.1, 1.0), (0.6, 0.5), (0.0, 1.5), (float("nan"), 1.0)])
+def test_bad_guidance_intervals(small, ids, interval):
+    with pytest.raises(ValueError, match="guidance_interval"):
+        small.generate(jax.random.key(0), ids, num_steps=2, sampler="ddim", guidance_interval=interval)
