@@ -1,7 +1,5 @@
 """Layers shared by the U-Net, the VAE and the text encoder, channels-last, named as in the diffusers state dict."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,9 +62,8 @@ def conv(inputs: int, outputs: int, size: int, dtype, rngs: nnx.Rngs, *, stride:
 class Conv3x3(nnx.Conv):
     """A 3x3 convolution with stride 1 and "same" padding; on a CPU, whichever way of computing it is the fastest.
 
-    In float32 that is Winograd's from `WINOGRAD_CHANNELS` on, for as many images at a time as keeps its tiles in the
-    caches, unless channels are so many that products take longer than memory; many channels of few pixels are one
-    product of gathered windows.
+    In float32 that is Winograd's from `WINOGRAD_CHANNELS` on while its tiles stay in the caches, and from
+    `PRODUCT_CHANNELS` on always; many channels of few pixels are one product of gathered windows.
     """
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:
@@ -75,32 +72,21 @@ class Conv3x3(nnx.Conv):
 
 
 WINOGRAD_CHANNELS, PRODUCT_CHANNELS = 64, 256
-"""Fewest input and output channels of Winograd's convolution; from how many on its tiles need not fit into caches."""
+"""Fewest channels, of input and output, for Winograd's convolution; for tiles larger than the caches."""
 _TILE_BYTES = 2**24
 _FEW_PIXELS, _DEEP, _DEEPER = 64, 512, 1024
 
 
 def conv3x3(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h w o"]:
     """The convolution of `Conv3x3` without its bias."""
-    height, width, channels = x.shape[1:]
-    image_bytes = 16 * height * width * channels
-    if height * width <= _FEW_PIXELS and channels >= _DEEP:
+    fewest = min(kernel.shape[2:])
+    if x.shape[1] * x.shape[2] <= _FEW_PIXELS and kernel.shape[2] >= _DEEP:
         on_cpu = _one_product
-    elif x.dtype != jnp.float32 or min(kernel.shape[2:]) < WINOGRAD_CHANNELS:
-        return _convolve(x, kernel)
-    elif min(kernel.shape[2:]) >= PRODUCT_CHANNELS:
+    elif x.dtype == jnp.float32 and fewest >= (WINOGRAD_CHANNELS if 16 * x.size <= _TILE_BYTES else PRODUCT_CHANNELS):
         on_cpu = winograd
-    elif image_bytes <= _TILE_BYTES:
-        on_cpu = functools.partial(_winograd_in_parts, images=_TILE_BYTES // image_bytes)
     else:
         return _convolve(x, kernel)
     return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=_convolve)
-
-
-def _winograd_in_parts(x, kernel, images: int):
-    if len(x) <= images:
-        return winograd(x, kernel)
-    return jax.lax.map(lambda image: winograd(image[None], kernel)[0], x, batch_size=images)
 
 
 def _one_product(x, kernel):
