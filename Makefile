@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 
-.PHONY: install peers tpu demo channel codec power figures benchmark aot quality test test-slow lint format clean
+.PHONY: install peers peer-flax tpu demo channel codec power figures benchmark aot quality test test-slow lint format clean
 
 # Everything: the library, what tests and linting need, and the tools of the README.
 install: .venv/test.stamp
@@ -27,6 +27,15 @@ peers: .venv/peers.stamp
 
 .venv/peers.stamp: .venv/run.stamp
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[peers]'
+	@touch $@
+
+# The last diffusers with Flax models, for `eval.benchmark diffusion`; it needs older packages, so an environment of its own.
+peer-flax: .venv/flax-peer.stamp
+
+.venv/flax-peer.stamp: | .venv/run.stamp
+	$(PYTHON) -m venv .venv/flax-peer
+	.venv/flax-peer/bin/python -m pip --disable-pip-version-check install --quiet \
+	  diffusers==0.39.0 transformers==4.57.6 jax==0.10.2 flax==0.12.8 numpy==2.4.6
 	@touch $@
 
 # libtpu, which compiles for TPUs on any Linux machine; kept apart, as JAX looks for a TPU wherever it finds it.

@@ -10,12 +10,14 @@ from flax import nnx
 
 from eval.aot_jobs import model_configs
 from eval.measure import Contender, Timing, measure
+from eval.peers import flax_unet
 from eval.stages.codec import EAGER, compiler_problem, peer
 from megjax.cost import Cost, cost_of_compiled, nominal_flops
 from megjax.diffusion.layers import ShapeRngs
 from megjax.diffusion.unet import UNet2DConditionModel, UNetConfig
 
 PEER = "torch_unet"
+OLD_FLAX = "flax_unet"
 MATMUL, SIDE = "matmul", 4096
 COLUMNS = ["implementation", "seconds a call", "TFLOP/s", "of matmul", "of eager PyTorch", "first call (s)"]
 
@@ -31,6 +33,7 @@ def run(
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     configs, length = model_configs(model, dtype)
     module = peer(PEER) if with_peers else None
+    with_flax = with_peers and flax_unet.PYTHON.exists()
     pixels = configs.unet.sample_size * configs.vae.downsample
     rows, notes = [], [f"{model}: random weights, {jnp.dtype(dtype).name}, {length} tokens, one device."]
     for batch in batches:
@@ -40,14 +43,21 @@ def run(
             others, more = torch_contenders(module, configs.unet, length, batch, compiled)
             contenders += others
             notes += [note for note in more if note not in notes]
+        old, note = old_flax(configs.unet, length, batch, dtype) if with_flax else (None, None)
+        if old is not None:
+            contenders.append(Contender(f"Flax of {old.versions.split(',')[0]}", old))
+        notes += [note] if note and note not in notes else []
         timings = measure(contenders, rounds, f"U-Net, batch {batch}")
+        if old is not None:
+            old.close()
         rows += rows_of(timings, f"U-Net of {model}, {pixels}x{pixels} pixels", batch, ours.nominal_flops, rounds)
         cost = ours.cost
         size, made = cost.memory.temporaries / 2**30, cost.flops / 1e12
         notes.append(
             f"{model}, batch {batch}: megjax makes {made:.2f} TFLOP in {size:.2f} GiB of temporaries, by XLA's count."
         )
-    return rows, [PEER] if with_peers and module is None else [], notes
+    missing = [PEER] * (module is None) + [OLD_FLAX] * (not with_flax)
+    return rows, missing if with_peers else [], notes
 
 
 class UNetCall:
@@ -148,3 +158,15 @@ def torch_contenders(
     options = {"device": "cpu" if on_cpu else "cuda", "dtype": "float32" if on_cpu else "bfloat16"}
     made = module.make_model(config, **options)
     return [Contender(name, module.make_call(made, length, batch, mode)) for name, mode in modes.items()], notes
+
+
+def old_flax(config: UNetConfig, length: int, batch: int, dtype) -> tuple[flax_unet.FlaxUNet | None, str]:
+    """The old Flax U-Net in its own process, None where it cannot run on this device, and a note."""
+    try:
+        old = flax_unet.FlaxUNet(config.to_dict(), length, batch, jnp.dtype(dtype).name)
+    except RuntimeError as error:
+        return None, f"Flax of diffusers was not measured: {error}."
+    if old.platform == jax.default_backend():
+        return old, f"Flax: {old.versions}, in a process of its own."
+    old.close()
+    return None, f"Flax of diffusers was not measured: its JAX has {old.platform} only."

@@ -1,14 +1,19 @@
 """Tests of the benchmark harness and its tables, at sizes that say nothing about speed."""
 
 import json
+import sys
 import time
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from eval import benchmark
 from eval.measure import Contender, Timing, environment, measure
-from eval.stages import channel
+from eval.peers import flax_unet
+from eval.stages import channel, diffusion
+from megjax.diffusion.unet import UNetConfig
 
 
 def test_contenders_take_turns():
@@ -115,3 +120,35 @@ def test_bad_arguments(options, message, tmp_path):
     options["folder"] = options["folder"] or tmp_path / "file" / "folder"
     with pytest.raises(ValueError, match=message):
         benchmark.run(benchmark.Arguments("channel", **options))
+
+
+SMALL_UNET = UNetConfig(
+    sample_size=8,
+    block_out_channels=(32, 64),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=1,
+    attention_head_dim=4,
+    cross_attention_dim=16,
+)
+
+
+def test_the_old_flax_in_an_environment_without_it(monkeypatch):
+    monkeypatch.setattr(flax_unet, "PYTHON", Path(sys.executable))
+    old, note = diffusion.old_flax(SMALL_UNET, 5, 2, jnp.float32)
+    assert old is None and "was not measured: the old Flax U-Net ended with code 1" in note
+
+
+def test_the_old_flax():
+    if not flax_unet.PYTHON.exists():
+        pytest.skip("make peer-flax was not run")
+    old, note = diffusion.old_flax(SMALL_UNET, 5, 2, jnp.float32)
+    assert old.platform == "cpu" and "diffusers 0.39" in note
+    old()
+    old.close()
+
+
+def test_the_unet_counts_what_its_layers_are_defined_as():
+    call = diffusion.UNetCall(SMALL_UNET, 5, 2)
+    assert call().shape == (2, 8, 8, 4)
+    assert call.nominal_flops == pytest.approx(call.cost.flops, rel=0.5) and call.nominal_flops > call.cost.flops
