@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from megjax.configs import require
-from megjax.cost import nominal_flops
+from megjax.cost import cost_of, nominal_flops
 from megjax.diffusion import generation
 from megjax.system.links import Source
 from megjax.system.simulator import Simulator
@@ -71,7 +71,7 @@ class SchemeCost:
 
 
 def measure_work(simulator: Simulator, ids: Array | np.ndarray, known: Work | None = None) -> Work:
-    """Operations of the stages of a simulator for one image, each counted by XLA alone, the same on every machine.
+    """Operations of the stages of a simulator for one image, each counted by XLA alone; of the networks as defined.
 
     `ids` [b l] are token ids of any prompt. All but seed coding and decoding is taken from `known` if given: the work
     of another scheme of the same pipeline and guidance. The host's image codec is not counted. Raises ValueError if the
@@ -112,21 +112,25 @@ def measure_work(simulator: Simulator, ids: Array | np.ndarray, known: Work | No
         return simulator.link.decode(params["codec"], received, shared)
 
     common = (
-        (_flops(text, params, one), _flops(step, params, latent, features), _flops(image, params, latent))
+        (
+            nominal_flops(*_of_leaves(text, params, one)),
+            nominal_flops(*_of_leaves(step, params, latent, features)),
+            nominal_flops(*_of_leaves(image, params, latent)),
+        )
         if known is None
         else (known.text, known.step, known.image)
     )
     return Work(
         *common,
-        _flops(code, params, latent, pixels, level),
-        _flops(decode, params, batch, coded.shared),
+        cost_of(*_of_leaves(code, params, latent, pixels, level)).flops,
+        cost_of(*_of_leaves(decode, params, batch, coded.shared)).flops,
     )
 
 
-def _flops(stage: Callable, *args: PyTree) -> float:
-    """Operations of a stage, as a function of leaves, which need not fit the classes of their trees."""
+def _of_leaves(stage: Callable, *args: PyTree) -> tuple[Callable, ...]:
+    """A stage as a function of leaves, which need not fit the classes of their trees, and the leaves."""
     leaves, tree = jax.tree.flatten(args)
-    return nominal_flops(lambda *flat: stage(*jax.tree.unflatten(tree, flat)), *leaves)
+    return lambda *flat: stage(*jax.tree.unflatten(tree, flat)), *leaves
 
 
 def scheme_cost(

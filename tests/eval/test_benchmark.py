@@ -151,4 +151,5 @@ def test_the_old_flax():
 def test_the_unet_counts_what_its_layers_are_defined_as():
     call = diffusion.UNetCall(SMALL_UNET, 5, 2)
     assert call().shape == (2, 8, 8, 4)
-    assert call.nominal_flops == pytest.approx(call.cost.flops, rel=0.5) and call.nominal_flops > call.cost.flops
+    # So few channels are not computed in another way.
+    assert call.nominal_flops == pytest.approx(call.cost.flops, rel=0.1)
