@@ -46,6 +46,11 @@ def _line(axis, rows: pd.DataFrame, x: str, y: str, label: str, colour: str, sty
     axis.fill_between(rows[x], rows[f"{y}_low"], rows[f"{y}_high"], color=colour, alpha=0.2, linewidth=0)
 
 
+def _legend_below(figure, axis) -> None:
+    """One legend for all panels, where it hides no line."""
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center")
+
+
 def quality(frame: pd.DataFrame, path: Path) -> None:
     """Image PSNR, Frechet distance and caption accuracy over SNR, by scheme and mode."""
     columns = [("psnr_db", "image PSNR (dB)"), ("frechet", "SceneNet Frechet distance")]
@@ -63,7 +68,7 @@ def quality(frame: pd.DataFrame, path: Path) -> None:
             axis.grid(alpha=0.3)
             if name == "frechet":
                 axis.set_yscale("log")
-    axes[0, 0].legend(fontsize=7, framealpha=0.6, loc="center right")
+    _legend_below(figure, axes[0, 0])
     save(figure, path)
 
 
@@ -173,5 +178,5 @@ def split(frame: pd.DataFrame, path: Path) -> None:
                 axis.axhline(rows[name].iloc[0], color=f"C{i + 5}", linestyle="--", label=f"{TITLES[scheme]}, decoded")
             axis.set(xlabel="denoising steps at the device", ylabel=label, title=f"{level:g} dB")
             axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
+    _legend_below(figure, axes[0, 0])
     save(figure, path)
