@@ -5,7 +5,13 @@ import json
 import pytest
 
 from eval import benchmark
+from eval.peers import flax_unet
 from eval.stages import diffusion
+
+
+@pytest.fixture(autouse=True)
+def without_the_old_flax(monkeypatch, tmp_path):
+    monkeypatch.setattr(flax_unet, "PYTHON", tmp_path / "none")
 
 
 def test_the_stage_writes_its_rows_and_tables(tmp_path, capsys):
@@ -27,4 +33,4 @@ def test_the_stage_writes_its_rows_and_tables(tmp_path, capsys):
 def test_without_pytorch_the_peer_is_missing(monkeypatch):
     monkeypatch.setattr(diffusion, "peer", lambda name: None)
     rows, missing, _ = diffusion.run("scenes", (2,), 3, True, True)
-    assert missing == ["torch_unet"] and len(rows) == 2
+    assert missing == ["torch_unet", "flax_unet"] and len(rows) == 2
