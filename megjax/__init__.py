@@ -22,6 +22,7 @@ _MODULES = (
     "ldm",
     "metrics",
     "power",
+    "pytrees",
     "sharding",
     "sweep",
     "system",

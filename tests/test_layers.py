@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "assets": 0,
     "processes": 0,
+    "pytrees": 0,
     "runtime": 0,
     "units": 0,
     "configs": 0,
