@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +128,7 @@ def measure_work(simulator: Simulator, ids: Array | np.ndarray, known: Work | No
     )
 
 
-def _of_leaves(stage: Callable, *args: PyTree) -> tuple[Callable, ...]:
+def _of_leaves(stage: Callable, *args: PyTree) -> tuple[Any, ...]:
     """A stage as a function of leaves, which need not fit the classes of their trees, and the leaves."""
     leaves, tree = jax.tree.flatten(args)
     return lambda *flat: stage(*jax.tree.unflatten(tree, flat)), *leaves
