@@ -320,6 +320,8 @@ def run_loop(
                 times = (num_steps, per_dispatch, log_every, checkpoint_minutes)
                 state = _run(chunk, state, *times, folder, manager, on_checkpoint, notice)
             if int(state.step) < num_steps:  # die of the signal, as whoever sent it expects
+                if jax.process_count() > 1:  # all at once: those that lose the first process would abort
+                    jax.distributed.shutdown()
                 signal.raise_signal(signal.SIGTERM)
                 sys.exit(128 + signal.SIGTERM)
     return state
