@@ -47,7 +47,7 @@ def test_leaves_and_structure():
 def test_classes_with_the_same_fields_have_structures_of_their_own():
     assert jax.tree.structure(Sum(2.0, 3.0)) != jax.tree.structure(Difference(2.0, 3.0))
     run = jax.jit(lambda model: model())
-    # Were the structures equal, one of a hundred or so of such pairs would run the other's program.
+    # Were the structures equal, some of so many pairs would run the wrong program.
     for _ in range(200):
         classes = [pytree_dataclass(type(cls.__name__, (cls,), {})) for cls in (Sum, Difference)]
         assert [float(run(cls(jnp.float32(2), jnp.float32(3)))) for cls in classes] == [5, -1]

@@ -11,8 +11,18 @@ from pathlib import Path
 from typing import Any
 
 PYTHON = Path(__file__).parents[2] / ".venv" / "flax-peer" / "bin" / "python"
-SETTINGS = ("sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels")
-MORE_SETTINGS = ("layers_per_block", "attention_head_dim", "cross_attention_dim", "use_linear_projection")
+SETTINGS = (
+    "sample_size",
+    "in_channels",
+    "out_channels",
+    "down_block_types",
+    "up_block_types",
+    "block_out_channels",
+    "layers_per_block",
+    "attention_head_dim",
+    "cross_attention_dim",
+    "use_linear_projection",
+)
 
 
 class FlaxUNet:
@@ -22,7 +32,7 @@ class FlaxUNet:
     """
 
     def __init__(self, config: dict[str, Any], length: int, batch: int, dtype: str):
-        settings = {name: config[name] for name in SETTINGS + MORE_SETTINGS}
+        settings = {name: config[name] for name in SETTINGS}
         self._process = subprocess.Popen(
             [str(PYTHON), str(Path(__file__))],
             stdin=subprocess.PIPE,

@@ -142,19 +142,9 @@ class StableDiffusion:
         return self._sampler(name, num_steps, float(eta))
 
     def _arguments(
-        self,
-        ids,
-        negative_ids,
-        guidance_scale,
-        guidance_interval,
-        num_steps,
-        sampler,
-        eta,
-        height,
-        width,
-        initial_noise,
+        self, ids, negative_ids, guidance_scale, guidance_interval, num_steps, sampler, eta, size, initial_noise
     ):
-        shape = self.latent_shape(height, width)
+        shape = self.latent_shape(*size)
         require(np.ndim(ids) == 2, "ids", np.shape(ids), "of shape [b l], as tokenize gives")
         if initial_noise is not None:
             expected = (ids.shape[0], *shape)
@@ -207,8 +197,7 @@ class StableDiffusion:
             num_steps,
             sampler,
             eta,
-            height,
-            width,
+            (height, width),
             initial_noise,
         )
         return self._latents(self.params, table, key, ids, sampler_noise=sampler_noise, clip_skip=clip_skip, **options)
@@ -243,8 +232,7 @@ class StableDiffusion:
             num_steps,
             sampler,
             eta,
-            height,
-            width,
+            (height, width),
             initial_noise,
         )
         options |= {"sampler_noise": sampler_noise, "clip_skip": clip_skip, "decode_batch": decode_batch}

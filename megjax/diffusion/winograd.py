@@ -3,7 +3,7 @@
 From A. Lavin and S. Gray, "Fast algorithms for convolutional neural networks", CVPR 2016, section 4.1: outputs are made
 in tiles of 2x2 from 4x4 inputs, Y = A^T [(G g G^T) * (B^T d B)] A, and the sum over channels of the products in the
 middle is a matrix product for each of the 16 places of a tile. Sums in other orders round differently: in float32 the
-result is within some 1e-6 of its standard deviation of the direct one's, but half precision would lose too much.
+result is within 1e-5 of its standard deviation of the direct one's, but half precision would lose too much.
 """
 
 import jax

@@ -289,29 +289,21 @@ def test_guidance_in_an_interval_of_steps(small, ids, sampler):
     np.testing.assert_allclose(none, run(guidance_scale=1.0), atol=FLOAT32 * np.abs(none).max())
     negative = jnp.repeat(jnp.asarray(small.tokenize([""])), len(prompts), axis=0)
 
-    class Switched:
-        """Guided in the interval only, one step at a time."""
-
-        def __init__(self, params):
-            features = generation.prompt_features(small.graphs, params, prompts, negative)
-            self.guided = generation.denoiser_for(small.graphs, params, *features, 60.0)
-            self.plain = generation.denoiser_for(small.graphs, params, features[0], None, 1.0)
-
-        def __call__(self, x, timestep):
-            raise NotImplementedError
-
-        def at_steps(self, timesteps):
-            def call(x, i):
-                return jnp.where((i >= 1) & (i < 3), self.guided(x, timesteps[i]), self.plain(x, timesteps[i]))
-
-            return call
-
     @jax.jit
     def expected(params, key):
+        """One function of the timestep, guided in the interval only."""
+        features = generation.prompt_features(small.graphs, params, prompts, negative)
+        guided = generation.denoiser_for(small.graphs, params, *features, 60.0)
+        plain = generation.denoiser_for(small.graphs, params, features[0], None, 1.0)
+        table = small.sampler(sampler, 4)
+
+        def model(x, timestep):
+            inside = jnp.any(timestep == jnp.asarray(table.timesteps)[1:3])
+            return jnp.where(inside, guided(x, timestep), plain(x, timestep))
+
         noise_keys, step_keys = generation.image_keys(key, len(prompts))
         noise = jax.vmap(lambda key: jax.random.normal(key, LATENTS[1:]))(noise_keys)
-        table = small.sampler(sampler, 4)
-        return samplers.denoise(Switched(params), table, samplers.scale_initial(table, noise), key=step_keys)[0]
+        return samplers.denoise(model, table, samplers.scale_initial(table, noise), key=step_keys)[0]
 
     found = expected(small.params, jax.random.key(5))
     np.testing.assert_allclose(part, found, atol=5 * FLOAT32 * np.abs(part).max())
