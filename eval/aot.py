@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import tyro
+from jax.sharding import Mesh
 from rich.table import Table
 
 from eval import aot_tables
@@ -19,6 +21,7 @@ from eval.measure import console
 from megjax.configs import read_json, require, require_positive_integers, write_json
 from megjax.cost import cost_of_compiled, roofline
 from megjax.runtime import command
+from megjax.sharding import AXES
 from megjax.tpu import TpuConfig
 
 GIB = 2**30
@@ -34,13 +37,17 @@ class Arguments:
     tpu_config: Path = Path("tpu_configs/v5e-8.json")
     """A file of tpu_configs/."""
     job: str = "generate"
-    """generate, sweep, codec, power or ldm."""
+    """generate, sweep, codec, power or ldm; or latency: one image by several devices."""
     model_config: str = "sd15"
     """sd15, sd21 or scenes: sizes only, no weights."""
     steps: int = 25
     """Denoising steps of `generate`."""
     guidance: float = 7.5
     """Classifier-free guidance scale of `generate`; 1 turns it off."""
+    latency_mesh: tuple[int, int] = (2, 4)
+    """Devices of `latency`: those that split the guided pair of latents, times those that split layers."""
+    effort: float = -1.0
+    """How hard XLA works on a fast program, -1 to 1: -1 compiles several times faster, 0 is what runs use."""
     all: bool = False
     """Compile the whole list of jobs and topologies of docs/tpu.md instead, what is there already left out."""
     stop_after_minutes: float = 0.0
@@ -51,21 +58,21 @@ class Arguments:
     """Also write the tables of all results there."""
 
 
-def plan(folder: Path) -> list[tuple[Path, str, str]]:
-    """(file, job, model) of the whole list: the bundled model's jobs, then Stable Diffusion 1.5 chip by chip."""
+LATENCY_MESHES = ((1, 1), (2, 1), (1, 4), (2, 2), (2, 4))
+
+
+def plan(args: Arguments) -> list[Arguments]:
+    """The whole list: Stable Diffusion 1.5 and the bundled model, every job on every topology of the folder."""
+    folder = args.tpu_config.parent
     first = folder / "v5e-8.json"
-    chips = [folder / f"{name}.json" for name in ("v5e-8", "v6e-8", "v5p-4", "v4-4", "tpu7x-4")]
-    rest = sorted(path for path in folder.glob("*.json") if path not in chips)
-    listed = [(first, job, "scenes") for job in ("codec", "power", "sweep", "generate", "ldm")]
-    wider = [folder / f"{name}.json" for name in ("v5e-64", "v5e-256")]
-    listed += [(path, "codec", "scenes") for path in wider]
-    listed += [(path, "generate", "sd15") for path in chips]
-    listed += [(first, "sweep", "sd15"), (first, "codec", "sd15")]
-    listed += [(path, job, "scenes") for path in chips[1:] for job in ("codec", "power")]
-    listed += [(path, "generate", "sd15") for path in rest]
-    listed += [(first, "generate", "sd21"), *((path, "ldm", "sd15") for path in chips)]
-    listed += [(path, "ldm", "sd15") for path in wider]
-    return listed
+    files = sorted(folder.glob("*.json"), key=lambda path: (path != first, path.stem))
+    listed = [(path, job, "scenes") for path in files for job in ("codec", "power")]
+    listed += [(path, job, "sd15") for path in files for job in ("generate", "sweep", "codec", "ldm")]
+    listed += [(path, job, "scenes") for path in files for job in ("sweep", "generate", "ldm")]
+    listed += [(first, "generate", "sd21")]
+    chosen = [dataclasses.replace(args, tpu_config=path, job=job, model_config=model) for path, job, model in listed]
+    one = dataclasses.replace(args, tpu_config=first, job="latency", model_config="sd15")
+    return chosen + [dataclasses.replace(one, latency_mesh=mesh) for mesh in LATENCY_MESHES]
 
 
 def identity(args: Arguments, config: TpuConfig, lowered: jax.stages.Lowered) -> dict[str, Any]:
@@ -73,16 +80,28 @@ def identity(args: Arguments, config: TpuConfig, lowered: jax.stages.Lowered) ->
     return {
         "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
         "flags": list(config.xla_flags),
+        "effort": args.effort,
         "jax": jax.__version__,
         "libtpu": metadata.version("libtpu"),
     }
 
 
-def measure(args: Arguments, config: TpuConfig, program: Program, lowered: jax.stages.Lowered) -> dict[str, Any]:
+def latency_mesh(args: Arguments, config: TpuConfig) -> Mesh:
+    """The first devices of the topology as a mesh for `latency`; ValueError if they are not so many."""
+    data, tensor = args.latency_mesh
+    devices = config.devices()
+    require(1 <= data * tensor <= len(devices), "--latency-mesh", args.latency_mesh, f"at most {len(devices)} devices")
+    return Mesh(np.array(devices[: data * tensor]).reshape(data, 1, tensor), AXES)
+
+
+def measure(
+    args: Arguments, config: TpuConfig, program: Program, lowered: jax.stages.Lowered, mesh: Mesh
+) -> dict[str, Any]:
     """Compile and account; ValueError if it does not fit the chip."""
     started = time.monotonic()
     try:
-        compiled = lowered.compile(compiler_options=config.compiler_options)
+        options = {**config.compiler_options, "exec_time_optimization_effort": args.effort}
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" not in reason:
@@ -99,7 +118,8 @@ def measure(args: Arguments, config: TpuConfig, program: Program, lowered: jax.s
         "topology": config.topology,
         "job": args.job,
         "model": args.model_config,
-        "devices": config.num_devices,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
         "items": program.items,
         "unit": program.unit,
         "memory": {**dataclasses.asdict(memory), "total": memory.total, "hbm": hbm},
@@ -111,7 +131,7 @@ def measure(args: Arguments, config: TpuConfig, program: Program, lowered: jax.s
         "bound": bounds.bound,
         "items_per_second": program.items / bounds.seconds,
         "compile_seconds": round(seconds, 1),
-        "batch": dataclasses.asdict(config.batch)[args.job],
+        "batch": dataclasses.asdict(config.batch).get(args.job, 1),
     }
     fits = memory.total <= HBM_SHARE * hbm
     message = f"{args.tpu_config}: {args.job} needs {memory.total / GIB:.2f} GiB of {hbm / GIB:.1f} GiB HBM a device"
@@ -123,14 +143,16 @@ def measure(args: Arguments, config: TpuConfig, program: Program, lowered: jax.s
 def compile_job(args: Arguments) -> tuple[dict[str, Any], bool]:
     """The result of one job, from its file if that is of the same program; and whether it was compiled now."""
     config = TpuConfig.from_file(args.tpu_config)
-    jobs = Jobs(config, config.make_mesh(), args.model_config, args.steps, args.guidance)
-    program = jobs.make(args.job)
+    mesh = latency_mesh(args, config) if args.job == "latency" else config.make_mesh()
+    program = Jobs(config, mesh, args.model_config, args.steps, args.guidance).make(args.job)
     lowered = program.lower()
-    path = args.output / f"{args.tpu_config.stem}-{args.job}-{args.model_config}.json"
+    effort = "" if args.effort == -1 else f"-effort{args.effort:g}"
+    shape = "-{}x{}".format(*args.latency_mesh) if args.job == "latency" else ""
+    path = args.output / f"{args.tpu_config.stem}-{args.job}-{args.model_config}{shape}{effort}.json"
     same = identity(args, config, lowered)
     if path.is_file() and (found := read_json(path)).get("identity") == same:
         return found, False
-    result = {"identity": same, **measure(args, config, program, lowered)}
+    result = {"identity": same, **measure(args, config, program, lowered, mesh)}
     write_json(path, result)
     return result, True
 
@@ -158,16 +180,16 @@ def run(args: Arguments) -> list[dict[str, Any]]:
     """Compile what is asked for; returns the results."""
     require(args.job in JOBS, "--job", args.job, f"one of {JOBS}")
     require(args.model_config in MODELS, "--model-config", args.model_config, f"one of {MODELS}")
-    require_positive_integers(args, "arguments", ("steps",))
+    require_positive_integers(args, "arguments", ("steps", "latency_mesh"))
+    require(-1 <= args.effort <= 1, "--effort", args.effort, "in [-1, 1]")
     args.output.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_enable_compilation_cache", False)
     results, started = [], time.monotonic()
-    chosen = plan(args.tpu_config.parent) if args.all else [(args.tpu_config, args.job, args.model_config)]
-    for path, job, model in chosen:
+    chosen = plan(args) if args.all else [args]
+    for one in chosen:
         if args.stop_after_minutes and time.monotonic() - started > 60 * args.stop_after_minutes:
             print(f"stopped after {args.stop_after_minutes} minutes, {len(results)} of {len(chosen)} done")
             break
-        one = dataclasses.replace(args, tpu_config=path, job=job, model_config=model)
         try:
             result, fresh = compile_job(one)
         except ValueError as error:

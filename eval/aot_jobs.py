@@ -1,5 +1,6 @@
 """The jobs that `eval.aot` compiles: each a jittable function and the shapes of its arguments, placed on a mesh."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +30,7 @@ from megjax.diffusion.vae import AutoencoderKL, VAEConfig
 from megjax.ldm.stages import unet_loss
 from megjax.power.ppo import PPO
 from megjax.power.recipe import PowerRecipe
-from megjax.sharding import fsdp_specs
+from megjax.sharding import fsdp_specs, tensor_shardings
 from megjax.tpu import TpuConfig
 from megjax.training import FitConfig, data_parallel, init_state, make_step
 
@@ -52,9 +53,12 @@ class Program:
     unit: str
     knob: str
     donate: tuple[int, ...] = ()
+    mesh: Mesh | None = None
+    """Set where the compiler divides the work; other programs say themselves what each device does."""
 
     def lower(self) -> jax.stages.Lowered:
-        return jax.jit(self.fn, donate_argnums=self.donate).lower(*self.args)
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            return jax.jit(self.fn, donate_argnums=self.donate).lower(*self.args)
 
 
 def model_configs(name: str, dtype: Any) -> tuple[Configs, int]:
@@ -153,6 +157,29 @@ class Jobs:
         count = self._count("generate")
         ids = jax.ShapeDtypeStruct((count, self.length), jnp.int32, sharding=self.split)
         return Program(generate, (params, self._key(), ids, ids), count, "images", "batch.generate")
+
+    def latency(self) -> Program:
+        """Token ids of one prompt to its image, by all devices together: layers split over "tensor"."""
+        graphs, params = self._networks(("text_encoder", "unet", "vae"))
+        specs = tensor_shardings(self.mesh, params)
+        params = jax.tree.map(shapes_of, params, specs)
+        sampler = make_sampler(self.configs.scheduler, self.configs.scheduler.sampler, self.num_steps, 0.0)
+
+        def generate(params, key, ids, negative_ids):
+            latents = generation.generate_latents(
+                graphs,
+                params,
+                sampler,
+                key,
+                ids,
+                shape=self.latent_shape,
+                negative_ids=negative_ids,
+                guidance_scale=self.guidance_scale,
+            )
+            return generation.decode(graphs, params, latents)
+
+        ids = jax.ShapeDtypeStruct((1, self.length), jnp.int32, sharding=self.everywhere)
+        return Program(generate, (params, self._key(), ids, ids), 1, "image", "--latency-mesh", mesh=self.mesh)
 
     def sweep(self) -> Program:
         """Latents over the link to images: codec, Rayleigh fading, LMMSE, codec, image decoder."""
@@ -260,4 +287,4 @@ class Jobs:
         return shapes_of(jax.eval_shape(lambda: jax.random.key(0)), self.everywhere)
 
 
-JOBS = ("generate", "sweep", "codec", "power", "ldm")
+JOBS = ("generate", "latency", "sweep", "codec", "power", "ldm")

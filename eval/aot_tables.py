@@ -6,7 +6,8 @@ from typing import Any
 from megjax.configs import read_json, write_text
 
 GIB = 2**30
-JOB_ORDER = ("generate", "ldm", "sweep", "codec", "power")
+JOB_ORDER = ("generate", "latency", "ldm", "sweep", "codec", "power")
+MODEL_NAMES = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1", "scenes": "The bundled model"}
 TEXT = """# TPU: programs compiled ahead of time
 
 Written by `make aot`. Nothing here was run on a TPU: every program was compiled by libtpu for the topology on a machine
@@ -19,6 +20,8 @@ without one, from shapes alone, and XLA's analysis of the compiled program was r
 - "Sent" is what a device sends in ring collectives.
 - The time is the largest of operations, bytes and bytes sent over the chip's public peaks: **a bound that nothing
   beats, not a prediction**.
+- Compiled with XLA's least effort for fast programs (`--effort -1`), which takes a fraction of the time; what XLA's own
+  effort makes of the same jobs, where that was tried, has a table of its own.
 - Batches are those of the files in [tpu_configs](../tpu_configs/README.md); `generate` makes 512x512 images (64x64 with
   the bundled model) in 25 guided steps from token ids to pixels, `ldm`, `codec` and `power` are one training step,
   `sweep` takes latents through codec, Rayleigh fading and decoders at a rate of 4.
@@ -32,16 +35,94 @@ HEADER = (
 
 def write(folder: Path, path: Path) -> None:
     """Write the tables of all results in `folder` to `path`."""
-    results = sorted((read_json(file) for file in folder.glob("*.json")), key=_order)
-    versions = sorted({f"JAX {r['identity']['jax']} and libtpu {r['identity']['libtpu']}" for r in results})
-    body = TEXT + f"\nCompiled with {', '.join(versions)}.\n\n" + HEADER + "".join(map(row, results))
-    body += "\nCollectives, per device and call:\n\n| job | model | topology | kind | number | MB |\n"
+    found = sorted((read_json(file) for file in folder.glob("*.json")), key=_order)
+    versions = sorted({f"JAX {r['identity']['jax']} and libtpu {r['identity']['libtpu']}" for r in found})
+    quick, results, latency = [r for r in found if r["identity"]["effort"] == -1], [], []
+    for r in quick:
+        (latency if r["job"] == "latency" else results).append(r)
+    body = TEXT + f"\nCompiled with {', '.join(versions)}.\n"
+    for model, name in MODEL_NAMES.items():
+        rows = [row(r) for r in results if r["model"] == model]
+        body += f"\n## {name}\n\n{HEADER}{''.join(rows)}" if rows else ""
+    body += latency_table(latency) + weak_scaling(results) + effort_table(found, quick) + collectives(results)
+    write_text(path, body)
+
+
+def collectives(results: list[dict[str, Any]]) -> str:
+    """Kind, number and size of the collectives of every program that has any."""
+    body = "\n## Collectives\n\nPer device and call, by kind.\n\n| job | model | topology | kind | number | MB |\n"
     body += "| --- | --- | --- | --- | ---: | ---: |\n"
     for r in results:
         for c in r["collectives"]:
             kind = f"| {r['job']} | {r['model']} | {r['topology']} | {c['kind']} |"
             body += f"{kind} {c['count']} | {c['bytes'] / 1e6:,.1f} |\n"
-    write_text(path, body + weak_scaling(results))
+    return body
+
+
+def latency_table(results: list[dict[str, Any]]) -> str:
+    """One image by more and more devices; nothing where there is no result."""
+    if not results:
+        return ""
+    body = (
+        "\n## One image by several devices\n\n"
+        "Job `latency`: one prompt, Stable Diffusion 1.5, 512x512, 25 guided steps. The pair of latents of guidance\n"
+        "is split over `data`, heads and hidden channels over `tensor`. The time is the larger of compute and memory,\n"
+        "and then the collectives, as though nothing overlapped; latency of collectives is not in it.\n\n"
+        "| topology | devices | data | tensor | parameters, GiB | collectives | sent | exchange | time | speed-up |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+    )
+    results = sorted(results, key=lambda r: (r["topology"], r["devices"], r["mesh"]["tensor"]))
+    for r in results:
+        alone = next((x for x in results if x["topology"] == r["topology"] and x["devices"] == 1), None)
+        number = sum(c["count"] for c in r["collectives"])
+        sent = sum(c["sent"] for c in r["collectives"])
+        cells = (
+            r["topology"],
+            str(r["devices"]),
+            str(r["mesh"]["data"]),
+            str(r["mesh"]["tensor"]),
+            f"{r['memory']['arguments'] / GIB:.2f}",
+            f"{number:,}",
+            f"{sent / 1e6:,.0f} MB",
+            f"{1e3 * r['roofline_seconds']['interconnect']:.0f} ms",
+            f"{1e3 * _serial(r):.0f} ms",
+            f"{_serial(alone) / _serial(r):.1f}" if alone else "-",
+        )
+        body += "| " + " | ".join(cells) + " |\n"
+    return body
+
+
+def _serial(r: dict[str, Any]) -> float:
+    bounds = r["roofline_seconds"]
+    return max(bounds["compute"], bounds["memory"]) + bounds["interconnect"]
+
+
+def effort_table(found: list[dict[str, Any]], quick: list[dict[str, Any]]) -> str:
+    """Programs compiled with another effort beside those of the least; nothing where there are none."""
+    lines = ""
+    for r in found:
+        same = [x for x in quick if all(x[key] == r[key] for key in ("job", "model", "topology", "mesh"))]
+        if r["identity"]["effort"] == -1 or not same:
+            continue
+        for x in (same[0], r):
+            memory = x["memory"]
+            cells = (
+                x["job"],
+                x["model"],
+                x["topology"],
+                f"{x['identity']['effort']:g}",
+                f"{memory['temporaries'] / GIB:.2f} GiB",
+                f"{memory['code'] / 2**20:.0f} MiB",
+                f"{memory['total'] / memory['hbm']:.0%}",
+                f"{x['bytes_accessed'] / 1e9:.3g}",
+                f"{x['compile_seconds']:.0f} s",
+            )
+            lines += "| " + " | ".join(cells) + " |\n"
+    if not lines:
+        return ""
+    head = "\n## With XLA's own effort\n\nEffort 0 is what runs use. Compile times are of one machine.\n\n"
+    head += "| job | model | topology | effort | temporaries | code | HBM | GB | compiled in |\n"
+    return head + "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n" + lines
 
 
 def weak_scaling(results: list[dict[str, Any]]) -> str:
@@ -63,9 +144,9 @@ def weak_scaling(results: list[dict[str, Any]]) -> str:
     if not lines:
         return ""
     head = (
-        "\nWeak scaling: the batch of a device stays, the number of devices grows. The last column is the time bound\n"
+        "\n## Weak scaling\n\nThe batch of a device stays, the number of devices grows. The last column is the time\n"
     )
-    head += "with the fewest devices over that with these; latency of collectives is not in it.\n\n"
+    head += "bound with the fewest devices over that with these; latency of collectives is not in it.\n\n"
     head += "| job | model | chip | devices | sent by a device | time | efficiency |\n"
     return head + "| --- | --- | --- | ---: | ---: | ---: | ---: |\n" + "".join(lines)
 

@@ -3,13 +3,14 @@
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from megjax.configs import require
@@ -70,7 +71,7 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
 
 
 def partition_spec(
-    names: Sequence[str | None], rules: Mapping[str, tuple[str, ...]] = RULES, mesh: Mesh | None = None
+    names: Sequence[str | None], rules: Mapping[str, tuple[str, ...]] = RULES, mesh: Mesh | AbstractMesh | None = None
 ) -> PartitionSpec:
     """PartitionSpec of an array whose axes have these logical names (None: not split).
 
@@ -122,6 +123,60 @@ def fsdp_shardings(mesh: Mesh, params: PyTree, smallest: int = SMALLEST_SHARDED)
     """NamedSharding of each array of a tree of parameters or optimiser state; see `fsdp_specs`."""
     specs = fsdp_specs(params, mesh.shape["fsdp"], smallest)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+TENSOR_AXES = (
+    (r"\.to_[qkv]\.(kernel|bias)$", -1, "heads"),
+    (r"\.to_out\.0\.kernel$", -2, "heads"),
+    (r"\.ff\.net\.0\.proj\.(kernel|bias)$", -1, "hidden"),
+    (r"\.ff\.net\.2\.kernel$", -2, "hidden"),
+    (r"\.resnets\.\d+\.(conv1|norm2|time_emb_proj)\.\w+$", -1, "hidden"),
+    (r"\.resnets\.\d+\.conv2\.kernel$", -2, "hidden"),
+)
+"""Parameters of U-Net and VAE that are split over "tensor": a pattern of names, the axis, and its logical name.
+
+Pairs of layers split their inner axis, so that each pair ends in one sum over the devices (M. Shoeybi et al.,
+"Megatron-LM", 2019, sec. 3), of attention, gated MLP and residual block alike.
+"""
+
+
+def tensor_specs(params: PyTree, size: int, rules: Mapping[str, tuple[str, ...]] = RULES) -> PyTree:
+    """PartitionSpec of each array of the diffusion networks' parameters where `size` devices make an image together.
+
+    What no line of `TENSOR_AXES` names, or `size` does not divide, stays whole. ValueError unless `size` is positive.
+    """
+    require(size >= 1, "size of the tensor axis", size, "at least 1")
+
+    def spec(path, x) -> PartitionSpec:
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        for pattern, axis, logical in TENSOR_AXES:
+            if size > 1 and re.search(pattern, f".{name}") and x.shape[axis] % size == 0:
+                return partition_spec([logical if i == x.ndim + axis else None for i in range(x.ndim)], rules)
+        return PartitionSpec()
+
+    return jax.tree.map_with_path(spec, params)
+
+
+def tensor_shardings(mesh: Mesh, params: PyTree) -> PyTree:
+    """NamedSharding of each array of the diffusion networks' parameters; see `tensor_specs`."""
+    specs = tensor_specs(params, mesh.shape["tensor"])
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    """`x` with its axes, of these logical names, spread over the mesh of the context (`jax.set_mesh`).
+
+    Unchanged without a mesh, inside `shard_map`, or where the mesh does not divide an axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return x
+    spec = partition_spec(names, mesh=mesh)
+    for length, entry in zip(x.shape, spec, strict=False):
+        axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+        if length % math.prod(mesh.shape[axis] for axis in axes):
+            return x
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def shard_batch(mesh: Mesh, batch: PyTree) -> PyTree:

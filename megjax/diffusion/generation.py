@@ -14,6 +14,7 @@ from megjax.diffusion import samplers
 from megjax.diffusion.samplers import Sampler
 from megjax.diffusion.transformer import KeysAndValues
 from megjax.diffusion.unet import UNet2DConditionModel
+from megjax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Denoiser:
         if not self.guided:
             return self.unet.denoise(x, shifts, self.texts)
         shifts = [shift if len(shift) == 1 else jnp.concatenate([shift, shift]) for shift in shifts]
-        without, given = jnp.split(self.unet.denoise(jnp.concatenate([x, x]), shifts, self.texts), 2)
+        both = constrain(jnp.concatenate([x, x]), ("batch",))
+        without, given = jnp.split(self.unet.denoise(both, shifts, self.texts), 2)
         return without + self.guidance_scale * (given - without)
 
 

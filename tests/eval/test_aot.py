@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eval import aot, aot_jobs, aot_tables
-from megjax.configs import read_json
+from megjax.configs import read_json, write_json
 from megjax.diffusion.clip import CLIPTextModel
 from megjax.diffusion.layers import ShapeRngs
 from megjax.diffusion.unet import UNet2DConditionModel
@@ -46,7 +46,7 @@ def test_jobs_of_the_bundled_model_lower(job):
     config = TpuConfig.from_file(FOLDER / "v5e-8.json")
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
     program = aot_jobs.Jobs(config, mesh, "scenes", num_steps=2).make(job)
-    assert program.items >= 1 and program.knob == f"batch.{job}"
+    assert program.items >= 1 and program.knob == ("--latency-mesh" if job == "latency" else f"batch.{job}")
     assert "func.func public @main" in program.lower().as_text()
 
 
@@ -57,11 +57,14 @@ def test_unknown_names(tmp_path):
         aot.run(aot.Arguments(model_config="sdxl", output=tmp_path))
 
 
-def test_the_plan_names_every_file_once_a_job():
-    listed = aot.plan(FOLDER)
+def test_the_plan_has_every_job_on_every_topology():
+    listed = aot.plan(aot.Arguments(tpu_config=FOLDER / "v5e-8.json"))
     assert len(listed) == len(set(listed))
-    assert {path for path, _, _ in listed} == set(FOLDER.glob("*.json"))
-    assert [job for _, job, model in listed[:5]] == ["codec", "power", "sweep", "generate", "ldm"]
+    files = set(FOLDER.glob("*.json"))
+    for job in aot_jobs.JOBS:
+        if job != "latency":
+            assert {one.tpu_config for one in listed if one.job == job} == files
+    assert {one.latency_mesh for one in listed if one.job == "latency"} == set(aot.LATENCY_MESHES)
 
 
 def make_small(rows):
@@ -125,3 +128,32 @@ def test_weak_scaling_is_tabulated_where_a_job_has_several_sizes():
         "| codec | scenes | v5e | 64 | 2 MB | 4 ms | 50% |",
     ]
     assert aot_tables.weak_scaling([one, other]) == ""
+
+
+def test_tables_of_latency_and_effort(tmp_path):
+    bounds = {"compute": 1e-3, "memory": 4e-3, "interconnect": 0.0}
+    memory = {"arguments": 2**30, "temporaries": 2**30, "code": 2**20, "total": 2**31, "hbm": 2**34}
+    one = {"job": "latency", "model": "sd15", "topology": "v5e:2x4", "devices": 1, "batch": 1, "collectives": []}
+    one |= {"roofline_seconds": bounds, "memory": memory, "mesh": {"data": 1, "tensor": 1}, "items": 1, "unit": "image"}
+    one |= {"flops": 1e12, "bytes_accessed": 1e9, "bound": "memory", "items_per_second": 1.0, "compile_seconds": 3.0}
+    one |= {"identity": {"jax": "0", "libtpu": "0", "effort": -1.0}}
+    two = one | {"devices": 2, "mesh": {"data": 1, "tensor": 2}}
+    two |= {"roofline_seconds": {"compute": 5e-4, "memory": 1e-3, "interconnect": 1e-3}}
+    job = one | {"job": "generate"}
+    usual = job | {"identity": one["identity"] | {"effort": 0.0}, "compile_seconds": 12.0}
+    for i, result in enumerate((one, two, job, usual)):
+        write_json(tmp_path / f"{i}.json", result)
+    aot_tables.write(tmp_path, tmp_path / "tpu.md")
+    text = (tmp_path / "tpu.md").read_text()
+    assert "| v5e:2x4 | 2 | 1 | 2 | 1.00 | 0 | 0 MB | 1 ms | 2 ms | 2.0 |" in text
+    assert "| generate | sd15 | v5e:2x4 | 0 | 1.00 GiB | 1 MiB | 12% | 1 | 12 s |" in text
+    assert text.count("| generate | sd15 | v5e:2x4 | 1 image |") == 1
+
+
+@needs_libtpu
+def test_devices_of_latency_are_checked(tmp_path):
+    for mesh in ((0, 4), (4, 4)):
+        with pytest.raises(ValueError, match="latency.mesh"):
+            aot.run(aot.Arguments(FOLDER / "v5e-8.json", "latency", latency_mesh=mesh, output=tmp_path))
+    with pytest.raises(ValueError, match="--effort is 2"):
+        aot.run(aot.Arguments(effort=2.0, output=tmp_path))
