@@ -1,9 +1,10 @@
 """Compile a job for a TPU topology on a machine without one: memory, operations, collectives and roofline time."""
 
 import dataclasses
-import gc
 import hashlib
 import os
+import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -58,6 +59,7 @@ class Arguments:
     """Also write the tables of all results there."""
 
 
+PASSED = ("tpu_config", "job", "model_config", "steps", "guidance", "latency_mesh", "effort", "output")
 LATENCY_MESHES = ((1, 1), (2, 1), (1, 4), (2, 2), (2, 4))
 
 
@@ -140,8 +142,8 @@ def measure(
     return result
 
 
-def compile_job(args: Arguments) -> tuple[dict[str, Any], bool]:
-    """The result of one job, from its file if that is of the same program; and whether it was compiled now."""
+def compile_job(args: Arguments) -> dict[str, Any]:
+    """The result of one job, from its file if that is of the same program."""
     config = TpuConfig.from_file(args.tpu_config)
     mesh = latency_mesh(args, config) if args.job == "latency" else config.make_mesh()
     program = Jobs(config, mesh, args.model_config, args.steps, args.guidance).make(args.job)
@@ -151,10 +153,10 @@ def compile_job(args: Arguments) -> tuple[dict[str, Any], bool]:
     path = args.output / f"{args.tpu_config.stem}-{args.job}-{args.model_config}{shape}{effort}.json"
     same = identity(args, config, lowered)
     if path.is_file() and (found := read_json(path)).get("identity") == same:
-        return found, False
+        return found
     result = {"identity": same, **measure(args, config, program, lowered, mesh)}
     write_json(path, result)
-    return result, True
+    return result
 
 
 def show(result: dict[str, Any]) -> None:
@@ -176,6 +178,23 @@ def show(result: dict[str, Any]) -> None:
     console().print(table)
 
 
+def compile_all(args: Arguments) -> None:
+    """The whole list, each job in a process of its own: libtpu may end the process on a program that it cannot do."""
+    chosen, started, failed = plan(args), time.monotonic(), []
+    for i, one in enumerate(chosen):
+        if args.stop_after_minutes and time.monotonic() - started > 60 * args.stop_after_minutes:
+            print(f"stopped after {args.stop_after_minutes} minutes, {i} of {len(chosen)} done")
+            break
+        name = f"{one.job}, {one.model_config}, {one.tpu_config.stem}"
+        print(f"{i + 1} of {len(chosen)}: {name}", flush=True)
+        options = dataclasses.asdict(one).items()
+        words = [(f"--{key.replace('_', '-')}", value) for key, value in options if key in PASSED]
+        flat = [str(x) for key, value in words for x in (key, *(value if isinstance(value, tuple) else (value,)))]
+        if subprocess.run([sys.executable, "-m", "eval.aot", *flat]).returncode:
+            failed.append(name)
+    print("\n".join(f"left out: {name}" for name in failed))
+
+
 def run(args: Arguments) -> list[dict[str, Any]]:
     """Compile what is asked for; returns the results."""
     require(args.job in JOBS, "--job", args.job, f"one of {JOBS}")
@@ -184,24 +203,11 @@ def run(args: Arguments) -> list[dict[str, Any]]:
     require(-1 <= args.effort <= 1, "--effort", args.effort, "in [-1, 1]")
     args.output.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_enable_compilation_cache", False)
-    results, started = [], time.monotonic()
-    chosen = plan(args) if args.all else [args]
-    for one in chosen:
-        if args.stop_after_minutes and time.monotonic() - started > 60 * args.stop_after_minutes:
-            print(f"stopped after {args.stop_after_minutes} minutes, {len(results)} of {len(chosen)} done")
-            break
-        try:
-            result, fresh = compile_job(one)
-        except ValueError as error:
-            if not args.all:
-                raise
-            print(f"left out: {error}")
-            continue
-        results.append(result)
-        if fresh or not args.all:
-            show(result)
-        jax.clear_caches()
-        gc.collect()
+    results = [] if args.all else [compile_job(args)]
+    for result in results:
+        show(result)
+    if args.all:
+        compile_all(args)
     if args.table is not None:
         aot_tables.write(args.output, args.table)
     return results

@@ -2,6 +2,9 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -9,8 +12,20 @@ import pandas as pd
 import tyro
 from rich.table import Table
 
-from eval.measure import ROOT, console, environment, num_cores
-from eval.stages import channel, codec, diffusion, power, system
+from eval.measure import ROOT, ceilings, console, environment, num_cores
+from eval.stages import (
+    channel,
+    codec,
+    diffusion,
+    guidance,
+    image,
+    layer_choices,
+    power,
+    profile,
+    scaling,
+    summary,
+    system,
+)
 from megjax.configs import read_json, require, require_positive_integers, write_json, write_text
 from megjax.runtime import command, use_cpu_devices
 
@@ -37,6 +52,14 @@ Stage `diffusion` calls the U-Net once, for all networks with random weights; gu
 of operations count those of the layers as they are defined, for all; on a CPU megjax's convolutions make fewer, so that
 it can pass `matmul`, a product of square matrices in the same numbers and the same run.
 
+Stage `image` makes a whole image from token ids, with text encoder and image decoder, each sample in a process of its
+own; peak memory is the largest that the process held during the call, weights included (on a GPU: what was allocated on
+it). Compilation of megjax and of the old Flax is of the whole program, that of PyTorch its first image, of one step.
+
+Stage `layers` times the ways to compute the costly layers of Stable Diffusion 1.5, `guidance` what guidance in an
+interval of the steps costs and gains, `scaling` how the cost of an image grows, and `profile` names the functions that
+take most of the time of every stage's program.
+
 Stage `system` takes latents through seed coding, fading, reception and the VAE, every latent over many realisations;
 the PyTorch link has the same weights. The loop calls the compiled program once a reception.
 """
@@ -46,9 +69,26 @@ the PyTorch link has the same weights. The loop calls the compiled program once 
 class Arguments:
     """What to measure and where the results go."""
 
-    stage: tyro.conf.Positional[Literal["channel", "codec", "diffusion", "power", "system", "tables"]]
-    """"channel", "codec" (training of the seed codec), "diffusion" (the U-Net), "power" (rollouts and PPO), "system"
-    (images received a second), or "tables": docs/benchmarks.md from files under --folder."""
+    stage: tyro.conf.Positional[
+        Literal[
+            "all",
+            "channel",
+            "codec",
+            "diffusion",
+            "guidance",
+            "image",
+            "layers",
+            "power",
+            "profile",
+            "scaling",
+            "system",
+            "tables",
+        ]
+    ]
+    """"channel", "codec" (training of the seed codec), "diffusion" (the U-Net), "guidance" (in an interval of steps),
+    "image" (from token ids to pixels), "layers" (ways to compute them), "power" (rollouts and PPO), "profile" (the
+    largest costs), "scaling" (with batch, size and steps), "system" (images received a second), "all" of them one
+    after the other, or "tables": docs/benchmarks.md from files under --folder."""
     batches: tuple[int, ...] = (4_096, 65_536)
     """Realisations at a time; TDL and the ways to draw Gaussian numbers run at the smallest only. Rollouts of power."""
     preset: Literal["scenes", "tiny"] = "scenes"
@@ -60,11 +100,17 @@ class Arguments:
     gap_updates: int = 150
     """Length of the training that is timed to 95 % of the gap to the causal optimum, 0 for none (stage power)."""
     model: Literal["sd15", "sd21", "scenes"] = "sd15"
-    """Sizes of the U-Net (stage diffusion)."""
+    """Sizes of the networks (stages diffusion and image)."""
     unet_batches: tuple[int, ...] = (2,)
     """Inputs of the U-Net, two for each guided image (stage diffusion)."""
     torch_compile: bool = True
-    """Measure torch.compile too (stage diffusion)."""
+    """Measure torch.compile too (stages diffusion and image)."""
+    image_steps: int = 25
+    """Guided steps of an image (stage image)."""
+    image_batch: int = 1
+    """Images at a time (stage image)."""
+    captions: int = 500
+    """Held-out captions, a multiple of 50 (stage guidance)."""
     images: int = 8
     """Images of the server (stage system)."""
     realisations: int = 250
@@ -79,12 +125,34 @@ class Arguments:
     """Folder of the JSON files."""
 
 
+def stages(args: Arguments) -> dict[str, Callable[[], tuple[list[dict], list[str], list[str]]]]:
+    """Stage -> its rows, missing peers and notes, in the order of "all"."""
+    sizes = args.images, args.realisations, args.receptions
+    few, compiled = (args.rounds, args.peers), args.torch_compile
+    return {
+        "channel": lambda: (*channel.run(args.batches, *few), []),
+        "codec": lambda: codec.run(args.preset, args.steps, *few),
+        "power": lambda: power.run(args.batches, args.envs, args.gap_updates, *few),
+        "layers": lambda: layer_choices.run(2, args.rounds),
+        "diffusion": lambda: diffusion.run(args.model, args.unet_batches, *few, compiled),
+        "image": lambda: image.run(args.model, args.image_batch, args.image_steps, *few, compiled),
+        "system": lambda: system.run(*sizes, *few),
+        "guidance": lambda: guidance.run(args.captions, args.rounds),
+        "scaling": lambda: scaling.run(args.rounds, args.model != "scenes"),
+        "profile": profile.run,
+    }
+
+
 def run(args: Arguments) -> None:
     """Measure, print, save; ValueError on bad arguments, before any work."""
     sizes = ("batches", "rounds", "steps", "envs", "unet_batches", "images", "realisations", "receptions")
-    require_positive_integers(args, "arguments", sizes)
+    require_positive_integers(args, "arguments", (*sizes, "image_steps", "image_batch", "captions"))
     require(args.gap_updates >= 0, "--gap-updates", args.gap_updates, "0 or more")
-    require(args.rounds >= 3, "--rounds", args.rounds, "3 or more")
+    fewest = 1 if args.stage == "image" else 3
+    require(args.rounds >= fewest, "--rounds", args.rounds, f"{fewest} or more")
+    fits = all(num % power.SHAPE["minibatches"] == 0 for num in args.envs)
+    require(fits, "--envs", args.envs, f"multiples of {power.SHAPE['minibatches']}, the minibatches")
+    require(args.captions % guidance.BATCH == 0, "--captions", args.captions, f"a multiple of {guidance.BATCH}")
     if args.stage == "tables":
         write_tables(args.folder, ROOT / "docs" / "benchmarks.md")
         return
@@ -92,25 +160,23 @@ def run(args: Arguments) -> None:
         args.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--folder {str(args.folder)!r} cannot be made: {error.strerror}") from None
-    about = environment()
-    if args.stage == "channel":
-        (rows, missing), notes = channel.run(args.batches, args.rounds, args.peers), []
-    elif args.stage == "power":
-        fits = all(num % power.SHAPE["minibatches"] == 0 for num in args.envs)
-        require(fits, "--envs", args.envs, f"multiples of {power.SHAPE['minibatches']}, the minibatches")
-        rows, missing, notes = power.run(args.batches, args.envs, args.gap_updates, args.rounds, args.peers)
-    elif args.stage == "diffusion":
-        rows, missing, notes = diffusion.run(args.model, args.unet_batches, args.rounds, args.peers, args.torch_compile)
-    elif args.stage == "system":
-        sizes = args.images, args.realisations, args.receptions
-        rows, missing, notes = system.run(*sizes, args.rounds, args.peers)
-    else:
-        rows, missing, notes = codec.run(args.preset, args.steps, args.rounds, args.peers)
-    result = {**about, "stage": args.stage, "rows": rows, "missing_peers": missing, "notes": notes}
+    about = {**environment(), "stage": args.stage, "ceilings": ceilings()}
+    rows, missing, notes = stages(args)[args.stage]()
+    result = {**about, "rows": rows, "missing_peers": missing, "notes": notes}
     path = args.folder / f"{args.stage}-{slug(about['device'])}.json"
     write_json(path, result)
     show(result)
     print(f"written: {path}")
+
+
+def run_all(args: Arguments, words: list[str]) -> None:
+    """Every stage in a process of its own, whose settings of JAX differ; one that fails does not stop the others."""
+    failed = []
+    for stage in stages(args):
+        print(f"stage {stage}", flush=True)
+        if subprocess.run([sys.executable, "-m", "eval.benchmark", stage, *words]).returncode:
+            failed.append(stage)
+    require(not failed, "stages that failed", failed, "none; what they said is above")
 
 
 def slug(device: str) -> str:
@@ -133,7 +199,17 @@ def cells(row) -> list[str]:
 COLUMNS = ["implementation", "thousand realisations/s", "first call (s)", "GB/s written", "of copy"]
 LAYOUTS = {"channel": (COLUMNS, cells)} | {
     name: (stage.COLUMNS, stage.cells)
-    for name, stage in (("codec", codec), ("diffusion", diffusion), ("power", power), ("system", system))
+    for name, stage in {
+        "codec": codec,
+        "diffusion": diffusion,
+        "guidance": guidance,
+        "image": image,
+        "layers": layer_choices,
+        "power": power,
+        "profile": profile,
+        "scaling": scaling,
+        "system": system,
+    }.items()
 }
 
 
@@ -143,7 +219,7 @@ def show(result: dict) -> None:
     columns, line = LAYOUTS[result["stage"]]
     frame = pd.DataFrame(result["rows"])
     for (case, batch), group in frame.groupby(["case", "batch"], sort=False):
-        table = Table(title=f"{case}; batch {batch:,}", title_justify="left")
+        table = Table(title=title(case, batch), title_justify="left")
         for column in columns:
             table.add_column(column, no_wrap=column == columns[0])
         for row in group.itertuples():
@@ -155,21 +231,37 @@ def show(result: dict) -> None:
         screen.print(note)
 
 
+def title(case: str, batch: int) -> str:
+    """Of a table; batch 0 is none."""
+    return f"{case}; batch {batch:,}" if batch else case
+
+
+def ceilings_line(found: dict[str, float] | None) -> str:
+    """What the device reached in the same run; nothing for files from before it was measured."""
+    if not found:
+        return ""
+    products = ", ".join(f"{found[f'matmul_{kind}'] / 1e12:.3g} in {kind}" for kind in ("float32", "bfloat16"))
+    return f"Ceilings in this run: matrix products {products} TFLOP/s, copy {found['copy_bytes'] / 1e9:.3g} GB/s.\n"
+
+
 def write_tables(folder: Path, path: Path) -> None:
     """Rewrite the page of tables from every JSON file in the folder."""
     files = sorted(folder.glob("*.json"))
     require(bool(files), "--folder", str(folder), "a folder with the JSON files of earlier runs")
+    results = [read_json(file) for file in files]
     parts = [HEADER]
-    for file in files:
-        result = read_json(file)
+    if found := summary.table(results):
+        parts.append(f"## Next to others\n\n{found}")
+    for result in results:
         columns, line = LAYOUTS[result["stage"]]
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         parts.append(f"## {result['stage']}: {result['device']}, {result['cpu_cores']} cores\n")
         parts.append(f"Commit {result['commit']}, Python {result['python']}, {versions}.\n")
+        parts += [ceiling] if (ceiling := ceilings_line(result.get("ceilings"))) else []
         for (case, batch), group in pd.DataFrame(result["rows"]).groupby(["case", "batch"], sort=False):
             lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
             lines += ["| " + " | ".join(line(row)) + " |" for row in group.itertuples()]
-            parts.append(f"**{case}; batch {batch:,}**\n\n" + "\n".join(lines) + "\n")
+            parts.append(f"**{title(case, batch)}**\n\n" + "\n".join(lines) + "\n")
         parts += [f"{name}: not installed where this was measured.\n" for name in result["missing_peers"]]
         parts += [f"{note}\n" for note in result.get("notes", [])]
     write_text(path, "\n".join(parts))
@@ -179,6 +271,9 @@ def write_tables(folder: Path, path: Path) -> None:
 def main() -> None:
     def body() -> None:
         args = tyro.cli(Arguments, description=__doc__)
+        if args.stage == "all":
+            run_all(args, [word for word in sys.argv[1:] if word != "all"])
+            return
         if args.stage == "system":
             use_cpu_devices(num_cores())  # as eval.sweep does
         run(args)

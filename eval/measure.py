@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from tqdm import tqdm
 
@@ -87,6 +88,23 @@ def environment() -> dict[str, Any]:
         "versions": _versions(),
         "commit": _commit(),
     }
+
+
+def ceilings(rounds: int = 3, side: int = 4_096, copied: int = 2**28) -> dict[str, float]:
+    """What the device reaches when nothing is in its way: operations/s of square products, and bytes/s of a copy.
+
+    A copy of `copied` bytes reads and writes each of them once, and counts them twice.
+    """
+    contenders = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        x, product = jnp.ones((side, side), dtype), jax.jit(lambda a: a @ a)
+        call = lambda x=x, product=product: jax.block_until_ready(product(x))  # noqa: E731
+        contenders.append(Contender(f"matmul_{jnp.dtype(dtype).name}", call))
+    source, copy = jnp.ones(copied // 4, jnp.float32), jax.jit(jnp.copy)
+    contenders.append(Contender("copy_bytes", lambda: jax.block_until_ready(copy(source))))
+    work = [2 * side**3, 2 * side**3, 2 * copied]
+    timings = measure(contenders, rounds, "ceilings")
+    return {name: amount / timing.median_s for amount, (name, timing) in zip(work, timings.items(), strict=True)}
 
 
 def console() -> Console:

@@ -1,8 +1,14 @@
 """Strict checks for every test: rank promotion, key reuse and array shapes; slow tests only with --runslow."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Test processes, and those that they start, compile every program once between them.
+CACHE = tempfile.TemporaryDirectory(prefix="megjax-tests-") if "JAX_COMPILATION_CACHE_DIR" not in os.environ else None
+if CACHE is not None:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax
 from jaxtyping import install_import_hook

@@ -10,14 +10,15 @@ from flax import nnx
 
 from eval.aot_jobs import model_configs
 from eval.measure import Contender, Timing, measure
-from eval.peers import flax_unet
+from eval.peers import flax_diffusers
+from eval.peers.lines import Served
 from eval.stages.codec import EAGER, compiler_problem, peer
 from megjax.cost import Cost, cost_of_compiled, nominal_flops
 from megjax.diffusion.layers import ShapeRngs
 from megjax.diffusion.unet import UNet2DConditionModel, UNetConfig
 
 PEER = "torch_unet"
-OLD_FLAX = "flax_unet"
+OLD_FLAX = "flax_diffusers"
 MATMUL, SIDE = "matmul", 4096
 COLUMNS = ["implementation", "seconds a call", "TFLOP/s", "of matmul", "of eager PyTorch", "first call (s)"]
 
@@ -33,7 +34,7 @@ def run(
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     configs, length = model_configs(model, dtype)
     module = peer(PEER) if with_peers else None
-    with_flax = with_peers and flax_unet.PYTHON.exists()
+    with_flax = with_peers and flax_diffusers.PYTHON.exists()
     pixels = configs.unet.sample_size * configs.vae.downsample
     rows, notes = [], [f"{model}: random weights, {jnp.dtype(dtype).name}, {length} tokens, one device."]
     for batch in batches:
@@ -45,7 +46,7 @@ def run(
             notes += [note for note in more if note not in notes]
         old, note = old_flax(configs.unet, length, batch, dtype) if with_flax else (None, None)
         if old is not None:
-            contenders.append(Contender(f"Flax of {old.versions.split(',')[0]}", old))
+            contenders.append(Contender(f"Flax of {old.about['versions'].split(',')[0]}", old))
         notes += [note] if note and note not in notes else []
         timings = measure(contenders, rounds, f"U-Net, batch {batch}")
         if old is not None:
@@ -160,13 +161,14 @@ def torch_contenders(
     return [Contender(name, module.make_call(made, length, batch, mode)) for name, mode in modes.items()], notes
 
 
-def old_flax(config: UNetConfig, length: int, batch: int, dtype) -> tuple[flax_unet.FlaxUNet | None, str]:
+def old_flax(config: UNetConfig, length: int, batch: int, dtype) -> tuple[Served | None, str]:
     """The old Flax U-Net in its own process, None where it cannot run on this device, and a note."""
     try:
-        old = flax_unet.FlaxUNet(config.to_dict(), length, batch, jnp.dtype(dtype).name)
+        request = {"unet": config.to_dict(), "length": length, "batch": batch, "dtype": jnp.dtype(dtype).name}
+        old = flax_diffusers.start(request)
     except RuntimeError as error:
         return None, f"Flax of diffusers was not measured: {error}."
-    if old.platform == jax.default_backend():
-        return old, f"Flax: {old.versions}, in a process of its own."
+    if old.about["platform"] == jax.default_backend():
+        return old, f"Flax: {old.about['versions']}, in a process of its own."
     old.close()
-    return None, f"Flax of diffusers was not measured: its JAX has {old.platform} only."
+    return None, f"Flax of diffusers was not measured: its JAX has {old.about['platform']} only."

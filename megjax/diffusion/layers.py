@@ -250,15 +250,18 @@ class Upsample2D(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"], size: tuple[int, int] | None = None) -> Float[Array, "b h2 w2 c"]:
         if size is None or size == (2 * x.shape[1], 2 * x.shape[2]):
-            dtype = self.conv.dtype
-            kernel, bias = (value[...].astype(dtype) for value in (self.conv.kernel, self.conv.bias))
-            on_cpu = _double_by_phases if x.shape[-1] < _DEEPER or dtype != jnp.float32 else _double_and_convolve
-            out = jax.lax.platform_dependent(x.astype(dtype), kernel, cpu=on_cpu, default=_double)
-            return out + bias[None, None, None]
+            kernel, bias = (value[...].astype(self.conv.dtype) for value in (self.conv.kernel, self.conv.bias))
+            return double(x.astype(self.conv.dtype), kernel) + bias[None, None, None]
         for axis in (1, 2):
             length, target = x.shape[axis], size[axis - 1]
             x = jnp.take(x, jnp.arange(target) * length // target, axis=axis)
         return self.conv(x)
+
+
+def double(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h2 w2 o"]:
+    """Doubling and convolution of `Upsample2D` without its bias."""
+    on_cpu = _double_by_phases if x.shape[-1] < _DEEPER or x.dtype != jnp.float32 else _double_and_convolve
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=_double)
 
 
 def _phase_sums(kernel, axis: int):

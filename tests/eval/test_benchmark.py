@@ -11,7 +11,7 @@ import pytest
 
 from eval import benchmark
 from eval.measure import Contender, Timing, environment, measure
-from eval.peers import flax_unet
+from eval.peers import flax_diffusers
 from eval.stages import channel, diffusion
 from megjax.diffusion.unet import UNetConfig
 
@@ -134,16 +134,16 @@ SMALL_UNET = UNetConfig(
 
 
 def test_the_old_flax_in_an_environment_without_it(monkeypatch):
-    monkeypatch.setattr(flax_unet, "PYTHON", Path(sys.executable))
+    monkeypatch.setattr(flax_diffusers, "PYTHON", Path(sys.executable))
     old, note = diffusion.old_flax(SMALL_UNET, 5, 2, jnp.float32)
-    assert old is None and "was not measured: the old Flax U-Net ended with code 1" in note
+    assert old is None and "flax_diffusers ended with code 1" in note
 
 
 def test_the_old_flax():
-    if not flax_unet.PYTHON.exists():
+    if not flax_diffusers.PYTHON.exists():
         pytest.skip("make peer-flax was not run")
     old, note = diffusion.old_flax(SMALL_UNET, 5, 2, jnp.float32)
-    assert old.platform == "cpu" and "diffusers 0.39" in note
+    assert old.about["platform"] == "cpu" and "diffusers 0.39" in note
     old()
     old.close()
 

@@ -1,0 +1,75 @@
+"""The figures that decide, of all stages in one table: next to which peer, and what was aimed at."""
+
+from typing import Any
+
+COLUMNS = ("stage", "measured", "beside", "megjax is", "aim", "reached", "device")
+SIONNA, NUMPY = "Sionna", "NumPy, a thread a core"
+EAGER, COMPILED, LOOP = "PyTorch, eager", "PyTorch, torch.compile", "megjax, a loop over receptions"
+FLAX = "Flax of diffusers"
+PUREJAXRL, SB3 = "PureJaxRL-style loop", "stable-baselines3"
+RATES = {
+    "channel": ("per_second", "Rayleigh fading and noise", (SIONNA, NUMPY), {SIONNA: 3.0, NUMPY: 1.8}),
+    "codec": ("steps_per_second", "training of the codec", (EAGER, COMPILED), {EAGER: 1.0}),
+    "power": ("steps_per_second", "PPO", (PUREJAXRL, SB3), {PUREJAXRL: 1.2, SB3: 6.0}),
+    "diffusion": (
+        "flops_per_second",
+        "a call of the U-Net",
+        (EAGER, COMPILED, "Flax of"),
+        {EAGER: 1.0, "Flax of": 1.8},
+    ),
+    "image": ("seconds", "a whole image", (EAGER, COMPILED, "Flax of"), {EAGER: 1.0, "Flax of": 1.8}),
+    "system": ("images_per_second", "images received", (LOOP, EAGER, COMPILED), {LOOP: 1.0, EAGER: 1.0}),
+}
+"""Stage -> column of the rate (or its inverse), what it is of, peers by the start of their names, least ratios."""
+MAX_COMPILATION_S, MAX_CACHED_S = {"cpu": 120.0}, 15.0
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The table as Markdown, of the results of the stages in any order; nothing where none has a peer beside it."""
+    ordered = sorted(results, key=lambda result: [*RATES, result["stage"]].index(result["stage"]))
+    lines = [line for result in ordered for line in _lines(result)]
+    if not lines:
+        return ""
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *lines]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def _lines(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    stage, device = result["stage"], result["device"]
+    if stage not in RATES:
+        return []
+    column, what, peers, aims = RATES[stage]
+    rows = [row for row in result["rows"] if row["case"] == _main_case(result)]
+    rows = [row for row in rows if row["batch"] == rows[0]["batch"]]
+    ours = next(row for row in rows if row["implementation"] == "megjax")
+    lines = []
+    for peer in peers:
+        for row in (row for row in rows if row["implementation"].startswith(peer)):
+            ratio = ours[column] / row[column]
+            ratio = 1 / ratio if column == "seconds" else ratio
+            aim = aims.get(peer)
+            reached = "-" if aim is None else ("yes" if ratio >= aim else "**no**")
+            aimed = "-" if aim is None else f"{aim:g} times"
+            lines.append((stage, what, row["implementation"], f"{ratio:.2f} times as fast", aimed, reached, device))
+    return lines + (_of_image(rows, ours, device, result["platform"]) if stage == "image" else [])
+
+
+def _main_case(result: dict[str, Any]) -> str:
+    """The case with peers in it: the last of `power`, the first of the others."""
+    cases = list(dict.fromkeys(row["case"] for row in result["rows"]))
+    return cases[-1] if result["stage"] == "power" else cases[0]
+
+
+def _of_image(rows: list[dict], ours: dict, device: str, platform: str) -> list[tuple[str, ...]]:
+    """Memory and compilation of a whole image."""
+    lines = []
+    for row in rows:
+        if row["implementation"] == EAGER:
+            ratio = ours["peak_bytes"] / row["peak_bytes"]
+            reached = "yes" if ratio <= 1 else "**no**"
+            lines.append(("image", "peak memory", EAGER, f"{ratio:.2f} times as large", "1 times", reached, device))
+    limits = {"compilation": MAX_COMPILATION_S.get(platform, 60.0), "from the cache": MAX_CACHED_S}
+    for name, column in (("compilation", "compilation_s"), ("from the cache", "cached_s")):
+        reached = "yes" if ours[column] <= limits[name] else "**no**"
+        lines.append(("image", name, "-", f"ready in {ours[column]:.1f} s", f"{limits[name]:g} s", reached, device))
+    return lines

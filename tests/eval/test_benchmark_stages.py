@@ -1,0 +1,144 @@
+"""The stages of layers, images, guidance, scaling and profiles at tiny sizes, and the table of what was aimed at."""
+
+import re
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eval import benchmark
+from eval.measure import ceilings
+from eval.peers import lines
+from eval.stages import guidance, image, layer_choices, profile, scaling, summary
+
+
+def printed(stage, rows):
+    """The cells of every row, as many as the stage has columns."""
+    cells = [stage.cells(SimpleNamespace(**row)) for row in rows]
+    assert all(len(line) == len(stage.COLUMNS) for line in cells)
+    return cells
+
+
+def test_layers():
+    rows, missing, _ = layer_choices.run(1, 3, ((8, 4),), ((8, 4),), ((16, 2, 4),))
+    assert not missing and len(rows) == 5 + 4 + 3
+    assert [row["ratio_to_first"] for row in rows if row["implementation"] == layer_choices.FIRST] == [1, 1, 1]
+    assert rows[0]["flops"] == pytest.approx(2 * 9 * 8 * 8 * 16, rel=0.5)
+    printed(layer_choices, rows)
+
+
+def test_a_way_that_gives_something_else_is_refused(monkeypatch):
+    monkeypatch.setattr(layer_choices, "winograd_of_stacks", lambda x, kernel: layer_choices.winograd(x, kernel) + 0.01)
+    with pytest.raises(RuntimeError, match="one product of stacks is not what"):
+        layer_choices.run(1, 3, ((8, 4),), (), ())
+
+
+@pytest.mark.slow
+def test_images_of_both_sides():
+    pytest.importorskip("torch")
+    starts = {image.MEGJAX: image.image_process.start, image.EAGER: image.torch_image.start}
+    rows, missing, notes = image.run("scenes", 1, 2, 1, True, compiled=False)
+    rows = {row["implementation"]: row for row in rows}
+    assert set(rows) >= set(starts) and set(missing) <= {"flax_diffusers"}
+    ours = rows[image.MEGJAX]
+    assert 0 < ours["cached_s"] < ours["compilation_s"] and ours["temporary_bytes"] > 0
+    assert all(row["peak_bytes"] > 2**26 and row["seconds"] > 0 for row in rows.values())
+    assert ours["ratio_to_eager"] == pytest.approx(rows[image.EAGER]["seconds"] / ours["seconds"])
+    assert any("not asked for" in note for note in notes)
+    printed(image, rows.values())
+
+
+def test_a_process_that_ends_is_left_out():
+    def start(environ):
+        return lines.Served([sys.executable, "-c", "raise SystemExit(3)"], {})
+
+    samples, problems = image.measure({"broken": start}, 2)
+    assert samples == {} and "broken was not measured" in problems[0] and "ended with code 3" in problems[0]
+
+
+class FakePipe:
+    """Stands in for the bundled model: images at once, longer for more of them."""
+
+    def tokenize(self, prompts):
+        return np.zeros((len(prompts), 3), np.int32)
+
+    def generate(self, key, ids, **options):
+        return jnp.zeros((len(ids), 4, 4, 3))
+
+
+def test_guidance(monkeypatch):
+    figure = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    found = {"generated_accuracy": figure, "generated_exact": figure, "scenenet_frechet_distance": {"mean": 9.0}}
+    asked = []
+    monkeypatch.setattr(guidance.StableDiffusion, "from_pretrained", lambda folder: FakePipe())
+    monkeypatch.setattr(guidance.quality, "measure", lambda *args, **options: asked.append(options) or found)
+    rows, _, _ = guidance.run(50, 3)
+    assert [options["guidance_interval"] for options in asked] == list(guidance.INTERVALS)
+    assert rows[0]["implementation"] == "0% to 100%" and rows[-1]["implementation"] == "none"
+    assert rows[0]["speed_up"] == 1
+    assert printed(guidance, rows)[0][3] == "50.0 [40.0, 60.0]"
+
+
+def test_scaling(monkeypatch):
+    monkeypatch.setattr(scaling.StableDiffusion, "from_pretrained", lambda name: FakePipe())
+    monkeypatch.setattr("eval.measure.MIN_SAMPLE_S", 0.001)
+    rows, _, _ = scaling.run(3, with_unet=False)
+    assert [row["implementation"] for row in rows[:4]] == [f"batch {n}" for n in scaling.BATCHES]
+    assert len(rows) == len(scaling.BATCHES) + len(scaling.SIDES) + len(scaling.STEPS)
+    assert rows[1]["seconds_an_image"] == rows[1]["seconds"] / 4 and rows[0]["to_the_first"] == 1
+    printed(scaling, rows)
+
+
+def test_profiles_name_functions_of_the_library():
+    rows, _, notes = profile.run(("channel",))
+    assert rows, notes
+    assert rows[0]["file"].startswith("megjax/channel/") and 0 < rows[0]["share"] <= 1
+    printed(profile, rows)
+
+
+def test_places_of_operations():
+    """Operations are put down to the innermost function of the library; those that hold others are not counted."""
+
+    def inner(x):
+        return jnp.sin(x @ x)
+
+    program = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda _, y: inner(y), x))
+    text = program.lower(jnp.ones((8, 8))).compile().as_text()
+    found = profile.places(text)
+    assert any(place.startswith("test_places_of_operations.inner in ") for place in found.values())
+    loops = re.findall(r"%([\w.\-]+) = [^\n]* while\(", text)
+    assert loops and not set(loops) & set(found)
+
+
+def test_ceilings():
+    found = ceilings(3, 64, 2**16)
+    assert set(found) == {"matmul_float32", "matmul_bfloat16", "copy_bytes"} and min(found.values()) > 0
+    assert "copy" in benchmark.ceilings_line(found) and benchmark.ceilings_line(None) == ""
+
+
+def test_the_table_of_aims():
+    row = {"case": "image", "batch": 1, "peak_bytes": 2**30, "compilation_s": 100.0, "cached_s": 20.0}
+    rows = [row | {"implementation": name, "seconds": value} for name, value in (("megjax", 2.0), (summary.EAGER, 3.0))]
+    result = {"stage": "image", "device": "chip", "platform": "cpu", "rows": rows}
+    table = summary.table([result]).splitlines()
+    assert "| image | a whole image | PyTorch, eager | 1.50 times as fast | 1 times | yes | chip |" in table
+    assert "| image | from the cache | - | ready in 20.0 s | 15 s | **no** | chip |" in table
+    assert "| image | compilation | - | ready in 100.0 s | 120 s | yes | chip |" in table
+    assert summary.table([result | {"stage": "layers"}]) == ""
+
+
+def test_all_runs_every_stage_and_names_those_that_fail(monkeypatch):
+    calls = []
+
+    def run(command):
+        calls.append(command[3:])
+        return SimpleNamespace(returncode=int("power" in command))
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    with pytest.raises(ValueError, match=r"stages that failed is \['power'\]"):
+        benchmark.run_all(benchmark.Arguments("all"), ["--rounds", "3"])
+    assert [call[0] for call in calls] == list(benchmark.stages(benchmark.Arguments("all")))
+    assert all(call[1:] == ["--rounds", "3"] for call in calls)
