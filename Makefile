@@ -88,16 +88,13 @@ figures: .venv/run.stamp
 	$(BIN)/python -m eval.power_tables --output $(FIGURES)/power $(if $(QUICK),--runs $(FIGURES))
 	$(BIN)/python -m eval.figures --sweeps $(FIGURES) --output $(if $(QUICK),$(FIGURES),docs)
 
-# Speed of every stage on this machine; `make peers` first to see other software beside it.
+# Speed of every stage on this machine, three hours on two cores; `make peers` and `make peer-flax` first to see other
+# software beside it.
 benchmark: .venv/run.stamp
-	$(BIN)/python -m eval.benchmark channel
-	$(BIN)/python -m eval.benchmark codec --rounds 3 --steps 25
-	$(BIN)/python -m eval.benchmark power --rounds 3
-	$(BIN)/python -m eval.benchmark diffusion --rounds 3
-	$(BIN)/python -m eval.benchmark system --rounds 5
+	$(BIN)/python -m eval.benchmark all --rounds 3 --steps 25
 	$(BIN)/python -m eval.benchmark tables
 
-# Every job compiled for TPU topologies on this machine, no TPU needed: six minutes and more each for Stable Diffusion's sizes.
+# Every job compiled for every TPU topology of tpu_configs/ on this machine, no TPU needed: an hour and a half on two cores.
 # What benchmarks/aot/ holds already is only traced, so this can be stopped and started again.
 aot: .venv/tpu.stamp
 	TPU_SKIP_MDS_QUERY=1 PYTHONPATH=.venv/libtpu $(BIN)/python -m eval.aot --all --table docs/tpu.md

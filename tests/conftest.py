@@ -4,11 +4,6 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Test processes, and those that they start, compile every program once between them.
-CACHE = tempfile.TemporaryDirectory(prefix="megjax-tests-") if "JAX_COMPILATION_CACHE_DIR" not in os.environ else None
-if CACHE is not None:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax
 from jaxtyping import install_import_hook
@@ -21,7 +16,20 @@ def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="also run the tests marked slow")
 
 
+def share_compiled_programs(config):
+    """Test processes, and those that they start, compile every large program once between them."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="megjax-tests-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    least = float(os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 1.0))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+
+
 def pytest_configure(config):
+    share_compiled_programs(config)
     config.addinivalue_line("markers", "slow: takes minutes; runs only with --runslow")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     if hasattr(jax.config, "jax_debug_key_reuse"):  # experimental: not promised by every JAX
