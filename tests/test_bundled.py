@@ -1,6 +1,7 @@
 """Tests of the model that ships: its size, its agreement with diffusers, and that it draws what it is told."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -105,3 +106,16 @@ def test_another_prompt_is_another_image(pipe):
         for when in ("a meadow under a clear daytime sky", "a meadow under a clear night sky")
     )
     assert np.asarray(day)[:, :20].mean() > 2 * np.asarray(night)[:, :20].mean()  # the sky
+
+
+def test_images_in_bfloat16_are_those_in_float32(pipe):
+    prompts = [
+        "a red house under a night sky",
+        "a small yellow boat on the left, by the sea",
+        "a large white mountain at sunset",
+        "two green trees under a clear sky",
+    ]
+    half = StableDiffusion.from_pretrained("scenes", dtype=jnp.bfloat16)
+    one, other = (np.asarray(p.generate(jax.random.key(0), p.tokenize(prompts)), np.float64) for p in (pipe, half))
+    assert (-10 * np.log10(((one - other) ** 2).mean((1, 2, 3)))).min() > 35
+    assert not np.array_equal(one, other)
