@@ -107,7 +107,16 @@ def shared(tree: PyTree, num_shards: int = 1) -> PyTree:
     """Arrays that all processes hold alike, on the devices of `data_mesh`; as they are on the one device of one."""
     if num_shards == 1 and jax.process_count() == 1:
         return tree
-    return jax.device_put(tree, NamedSharding(data_mesh(num_shards), WHOLE))
+    sharding = NamedSharding(data_mesh(num_shards), WHOLE)
+
+    def place(x):
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.device_put(x, sharding)
+        # JAX 0.10 cannot put keys on devices of other processes, but their numbers.
+        numbers = jax.device_put(jax.random.key_data(x), sharding)
+        return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(x))
+
+    return jax.tree.map(place, tree)
 
 
 def own(tree: PyTree) -> PyTree:

@@ -90,7 +90,7 @@ def test_policy_agrees_on_one_and_eight_devices(tmp_path):
 
 
 def test_a_lost_process_ends_the_other_and_the_run_goes_on(tmp_path):
-    """The second of two processes is killed at step 4 of a codec's training; then both start again."""
+    """One of two processes of four devices each is killed at step 4 of a codec's training; then both start again."""
     code = (
         CODEC
         + """
@@ -110,7 +110,7 @@ def test_a_lost_process_ends_the_other_and_the_run_goes_on(tmp_path):
         return run
     training.make_chunk = killing
     fit = FitConfig(num_steps=6, warmup_steps=1, log_every=2, learning_rate=1e-3, checkpoint_minutes=0)
-    runtime.command("train", lambda: codec(folder, fit, 2), many=True)
+    runtime.command("train", lambda: codec(folder, fit, 8), many=True)
     """
     )
 
@@ -118,7 +118,8 @@ def test_a_lost_process_ends_the_other_and_the_run_goes_on(tmp_path):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
-        return [start(code, tmp_path / "two", address, index, 4 if kill and index else -1) for index in range(2)]
+        arguments = (tmp_path / "two", address)
+        return [start(code, *arguments, i, 4 if kill and i else -1, devices=4) for i in range(2)]
 
     survivor, killed = launch(True)
     finish(killed, -signal.SIGKILL)
@@ -129,5 +130,5 @@ def test_a_lost_process_ends_the_other_and_the_run_goes_on(tmp_path):
     assert {path.name for path in (tmp_path / "two" / "codec" / "checkpoints").iterdir()} >= {"2", "4"}
     for process in launch(False):
         finish(process)
-    finish(start(code, tmp_path / "one", "", 0, -1))
+    finish(start(code, tmp_path / "one", "", 0, -1, devices=8))
     check_codecs(tmp_path / "one", tmp_path / "two")
