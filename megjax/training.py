@@ -110,11 +110,9 @@ def shared(tree: PyTree, num_shards: int = 1) -> PyTree:
     sharding = NamedSharding(data_mesh(num_shards), WHOLE)
 
     def place(x):
-        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.device_put(x, sharding)
-        # JAX 0.10 cannot put keys on devices of other processes, but their numbers.
-        numbers = jax.device_put(jax.random.key_data(x), sharding)
-        return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(x))
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # JAX 0.10 puts numbers on other processes' devices, not keys
+            return jax.random.wrap_key_data(place(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        return jax.device_put(x, sharding)
 
     return jax.tree.map(place, tree)
 

@@ -1,5 +1,7 @@
 """Layers shared by the U-Net, the VAE and the text encoder, channels-last, named as in the diffusers state dict."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,22 +151,33 @@ def attend(
     """Multi-head scaled dot-product attention (Vaswani et al. 2017, eq. 1), softmax in float32.
 
     `upcast` also computes the logits from float32 queries and keys, as checkpoints with `upcast_attention` ask. Where
-    the logits of one head are many, a CPU takes the heads one by one and the queries in parts.
+    the logits of one head are many, a CPU takes the heads one by one and the queries in parts. A GPU has cuDNN's fused
+    attention in half precision.
     """
     dtype = value.dtype
     if upcast:
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     query, key, value = (x.reshape(*x.shape[:2], num_heads, -1) for x in (query, key, value))
     if mask is None and query.shape[1] * key.shape[1] >= MANY_LOGITS:
-        out = jax.lax.platform_dependent(query, key, value, cpu=_attend_in_parts, default=jax.nn.dot_product_attention)
+        out = jax.lax.platform_dependent(query, key, value, cpu=_attend_in_parts, default=_attend_whole)
+    elif mask is None:
+        out = _attend_whole(query, key, value)
     else:
-        out = jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[None, None])
+        out = jax.nn.dot_product_attention(query, key, value, mask=mask[None, None])
     return out.reshape(*out.shape[:2], -1).astype(dtype)
 
 
 MANY_LOGITS = 2**18
 """Logits of one head, 1 MiB of float32, from which on a CPU computes attention in parts that stay in its caches."""
 _LOGITS_OF_A_PART = 2**21
+
+
+def _attend_whole(query, key, value):
+    if jax.default_backend() == "gpu" and query.dtype.itemsize == 2:
+        # Which shapes and GPUs cuDNN knows only it can tell.
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+            return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    return jax.nn.dot_product_attention(query, key, value)
 
 
 def _attend_in_parts(query, key, value):

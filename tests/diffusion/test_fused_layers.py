@@ -140,3 +140,19 @@ def test_bfloat16_attention_in_parts():
     assert half.dtype == jnp.bfloat16
     exact = jax.nn.dot_product_attention(*whole)
     assert float(jnp.abs(half - exact).max()) < 0.03 * float(jnp.abs(exact).max())
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "fused"), [(40, jnp.bfloat16, True), (40, jnp.float32, False), (36, jnp.bfloat16, False)]
+)
+def test_a_gpu_has_fused_attention_in_half_precision(monkeypatch, size, dtype, fused):
+    """In the program for a GPU, made without one: JAX's questions to cuDNN are answered here."""
+    cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for tokens in (64, 1024):
+        x = jnp.ones((1, tokens, 2 * size), dtype)
+        program = jax.jit(lambda x: layers.attend(x, x, x, 2)).trace(x).lower(lowering_platforms=("cuda",))
+        assert ("fmhaSoftmax" in program.as_text()) == fused
