@@ -2,6 +2,7 @@
 # One process a GPU on two nodes of eight; srun gives every process the variables that
 # megjax.sharding.start_processes reads, and JAX then shows each process one GPU.
 #   sbatch tpu_configs/slurm-gpu.sh
+#   sbatch tpu_configs/slurm-gpu.sh eval.sweep --preset images
 #SBATCH --job-name=megjax
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -18,9 +19,7 @@ set -euo pipefail
 unset http_proxy https_proxy HTTP_PROXY HTTPS_PROXY
 export JAX_COMPILATION_CACHE_DIR="${SCRATCH:-$HOME}/megjax-xla"
 
-srun --kill-on-bad-exit=1 .venv/bin/python -c '
-from megjax.sharding import MeshConfig, make_mesh, start_processes
-
-start_processes()
-print(make_mesh(MeshConfig(data=-1, fsdp=8)))
-'
+# The job's own command, or a training with one share of the batch for every GPU.
+command=("$@")
+[ $# -gt 0 ] || command=(train.ldm --preset scenes128 --shards 16)
+srun --kill-on-bad-exit=1 .venv/bin/python -m "${command[@]}"
