@@ -28,7 +28,7 @@ def run(*words, processes=1):
         command = [sys.executable, "-m", *map(str, words)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
-    found = [process.communicate(timeout=500) for process in started]
+    found = [process.communicate(timeout=900) for process in started]
     for process, (_, err) in zip(started, found, strict=True):
         assert process.returncode == 0, err[-3000:]
     return found
