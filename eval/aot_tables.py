@@ -101,8 +101,10 @@ def effort_table(found: list[dict[str, Any]], quick: list[dict[str, Any]]) -> st
     """Programs compiled with another effort beside those of the least; nothing where there are none."""
     lines = ""
     for r in found:
-        same = [x for x in quick if all(x[key] == r[key] for key in ("job", "model", "topology", "mesh"))]
-        if r["identity"]["effort"] == -1 or not same:
+        if r["identity"]["effort"] == -1:
+            continue
+        same = [x for x in quick if all(x.get(key) == r.get(key) for key in ("job", "model", "topology", "mesh"))]
+        if not same:
             continue
         for x in (same[0], r):
             memory = x["memory"]
