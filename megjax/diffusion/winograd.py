@@ -18,8 +18,10 @@ def winograd(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Flo
     padded = jnp.pad(x, ((0, 0), (1, 1 + height % 2), (1, 1 + width % 2), (0, 0)))
     rows = _inputs([padded[:, i : i + 2 * down - 1 : 2] for i in range(4)])
     tiles = [_inputs([row[:, :, j : j + 2 * across - 1 : 2] for j in range(4)]) for row in rows]
-    # Without this zero, XLA:CPU sums the taps of all layers at the start of a program and holds them until used.
-    zero = jnp.minimum(jnp.abs(jax.lax.stop_gradient(x[0, 0, 0, 0])), 0)
+    # Without this zero, XLA:CPU sums the taps of all layers at the start of a program and holds them until used. With
+    # several devices it would have to come from the one that holds the first image.
+    alone = jax.local_device_count() == 1
+    zero = jnp.minimum(jnp.abs(jax.lax.stop_gradient(x[0, 0, 0, 0])), 0) if alone else 0.0
     taps = [_taps(*jnp.unstack(row)) for row in _taps(*jnp.unstack(kernel + zero))]
     # Sixteen products: one of a stack of matrices is slower on a CPU.
     products = [
