@@ -1,8 +1,11 @@
 """Process-wide settings that scripts, and only scripts, turn on."""
 
 import contextlib
+import ctypes
+import functools
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +15,9 @@ import jax
 from megjax.configs import require
 from megjax.processes import ProcessFailed, gather, is_first, joint, num_processes
 from megjax.sharding import start_processes
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+"""JAX's event after a program was compiled, or read from the cache."""
 
 SECONDS_TO_HEAR = 5.0
 """How long a process that failed stays, so that others at a meeting hear why; those in a collective then lose it."""
@@ -23,7 +29,25 @@ def enable_compilation_cache() -> Path:
     folder = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", default))
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    return_memory_of_compiler()
     return folder
+
+
+@functools.cache
+def return_memory_of_compiler() -> None:
+    """From now on give back to the system what XLA's compiler freed, of which glibc would keep up to 1 GiB."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is None:
+        return
+
+    def listen(event: str, seconds: float, **_) -> None:
+        if event == COMPILED and seconds > 1.0:
+            for delay in (0.0, 2.0, 5.0):  # JAX itself still holds much of it for seconds
+                later = threading.Timer(delay, trim, (0,))
+                later.daemon = True
+                later.start()
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 def use_cpu_devices(num: int) -> None:

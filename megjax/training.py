@@ -17,7 +17,6 @@ import orbax.checkpoint as ocp
 from clu import parameter_overview
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, PyTree
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from megjax.configs import read_json, require, write_json, write_text
@@ -212,6 +211,8 @@ class MetricsLog:
                 except json.JSONDecodeError:
                     break  # the line that a kill cut short is the last one
         write_text(self.path, "".join(line + "\n" for line in kept))
+        from tensorboardX import SummaryWriter  # slow to import: it takes PyTorch along
+
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:

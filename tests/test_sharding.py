@@ -243,3 +243,28 @@ def test_two_processes_make_one_mesh():
     for worker in workers:
         out, err = worker.communicate(timeout=120)
         assert out.splitlines()[-1:] == ["(4, 3) {'data': 4, 'fsdp': 1, 'tensor': 1} 18.0"], err[-2000:]
+
+
+def test_convolutions_ask_nothing_of_other_cpu_devices():
+    """Images on two devices, weights on both: what a CPU does in another way must leave every image where it is."""
+    code = """
+    import jax.numpy as jnp, numpy as np, re
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+    from megjax.diffusion import layers, strips
+    from flax import nnx
+    strips.MANY_ELEMENTS = 1
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    images, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    norm = layers.GroupNorm(64, 8, 1e-5, rngs=nnx.Rngs(0))
+    conv, up = layers.conv(64, 64, 3, jnp.float32, nnx.Rngs(0)), layers.Upsample2D(64, jnp.float32, rngs=nnx.Rngs(0))
+    graph, state = nnx.split((norm, conv, up))
+    def run(state, x):
+        norm, conv, up = nnx.merge(graph, state)
+        return up(layers.norm_silu_conv(norm, conv, x))
+    x = jax.ShapeDtypeStruct((4, 8, 8, 64), jnp.float32, sharding=images)
+    state = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=everywhere), state)
+    for fn in (run, lambda state, x: layers.winograd(x, state[1]["kernel"][...])):
+        text = jax.jit(fn, out_shardings=images).lower(state, x).compile().as_text()
+        print(re.findall("all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter", text))
+    """
+    assert run_on_devices(2, code) == "[]\n[]\n"

@@ -113,7 +113,8 @@ def cases(
             ways |= {"one convolution of four phases": layers._double_by_phases}
             ways |= {"doubling, then Winograd": lambda x, kernel: winograd(layers._repeat(x), kernel)}
         args = draw(batch, side, side, channels), draw(3, 3, channels, channels, scale=(9 * channels) ** -0.5)
-        yield Case(f"doubling of {side}x{side} and convolution, {channels} channels", args, ways, layers.double)
+        taken = partial(layers.double, bias=jnp.zeros(channels, dtype))
+        yield Case(f"doubling of {side}x{side} and convolution, {channels} channels", args, ways, taken)
     for tokens, heads, size in attentions:
         args = tuple(draw(batch, tokens, heads * size) for _ in range(3))
         split = lambda x, heads=heads: x.reshape(*x.shape[:2], heads, -1)  # noqa: E731

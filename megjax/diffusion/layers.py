@@ -1,6 +1,7 @@
 """Layers shared by the U-Net, the VAE and the text encoder, channels-last, named as in the diffusers state dict."""
 
 import contextlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from megjax.diffusion.winograd import winograd
+from megjax.diffusion import strips
+from megjax.diffusion.winograd import pad, winograd
 
 
 class Identity(nnx.Module):
@@ -43,6 +45,11 @@ class GroupNorm(nnx.Module):
         self.num_groups, self.eps, self.dtype = num_groups, eps, dtype
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        x = x.astype(jnp.float32)
+        return self.apply(x, *self.line(x))
+
+    def line(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
+        """Slope and offset of the multiply-add that normalises `x`, float32."""
         batch, _, _, channels = x.shape
         per_group = channels // self.num_groups
         x = x.astype(jnp.float32)
@@ -50,8 +57,13 @@ class GroupNorm(nnx.Module):
         square = jnp.square(x).mean((1, 2)).reshape(batch, self.num_groups, per_group).mean(-1)
         inverse = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + self.eps)
         slope = jnp.repeat(inverse, per_group, axis=1) * self.scale[None]
-        offset = self.bias[None] - jnp.repeat(mean, per_group, axis=1) * slope
-        return (x * slope[:, None, None] + offset[:, None, None]).astype(self.dtype)
+        return slope, self.bias[None] - jnp.repeat(mean, per_group, axis=1) * slope
+
+    def apply(
+        self, x: Float[Array, "b h w c"], slope: Float[Array, "b c"], offset: Float[Array, "b c"]
+    ) -> Float[Array, "b h w c"]:
+        """The multiply-add."""
+        return (x.astype(jnp.float32) * slope[:, None, None] + offset[:, None, None]).astype(self.dtype)
 
 
 def conv(inputs: int, outputs: int, size: int, dtype, rngs: nnx.Rngs, *, stride: int = 1, padding=None) -> nnx.Conv:
@@ -68,9 +80,10 @@ class Conv3x3(nnx.Conv):
     `PRODUCT_CHANNELS` on always; many channels of few pixels are one product of gathered windows.
     """
 
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:
+    def __call__(self, x: Float[Array, "b h w i"], pad_rows: bool = True) -> Float[Array, "b h2 w o"]:
+        """Without `pad_rows` there are two rows less."""
         kernel, bias = (value[...].astype(self.dtype) for value in (self.kernel, self.bias))
-        return conv3x3(x.astype(self.dtype), kernel) + bias[None, None, None]
+        return conv3x3(x.astype(self.dtype), kernel, pad_rows) + bias[None, None, None]
 
 
 WINOGRAD_CHANNELS, PRODUCT_CHANNELS = 64, 256
@@ -79,7 +92,9 @@ _TILE_BYTES = 2**24
 _FEW_PIXELS, _DEEP, _DEEPER = 64, 512, 1024
 
 
-def conv3x3(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h w o"]:
+def conv3x3(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"], pad_rows: bool = True
+) -> Float[Array, "b h2 w o"]:
     """The convolution of `Conv3x3` without its bias."""
     fewest = min(kernel.shape[2:])
     if x.shape[1] * x.shape[2] <= _FEW_PIXELS and kernel.shape[2] >= _DEEP:
@@ -87,13 +102,14 @@ def conv3x3(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Floa
     elif x.dtype == jnp.float32 and fewest >= (WINOGRAD_CHANNELS if 16 * x.size <= _TILE_BYTES else PRODUCT_CHANNELS):
         on_cpu = winograd
     else:
-        return _convolve(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=_convolve)
+        return _convolve(x, kernel, pad_rows)
+    ways = {"cpu": on_cpu, "default": _convolve}
+    return jax.lax.platform_dependent(x, kernel, **{k: partial(way, pad_rows=pad_rows) for k, way in ways.items()})
 
 
-def _one_product(x, kernel):
-    _, height, width, channels = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+def _one_product(x, kernel, pad_rows=True):
+    padded = pad(x, pad_rows)
+    height, width, channels = padded.shape[1] - 2, *x.shape[2:]
     windows = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
     return jnp.concatenate(windows, axis=-1) @ kernel.reshape(9 * channels, -1)
 
@@ -104,23 +120,25 @@ class NarrowConv(nnx.Conv):
     XLA:CPU's convolution does as much work for three output channels as for eight.
     """
 
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:
+    def __call__(self, x: Float[Array, "b h w i"], pad_rows: bool = True) -> Float[Array, "b h2 w o"]:
+        """Without `pad_rows` there are two rows less."""
         kernel, bias = (value[...].astype(self.dtype) for value in (self.kernel, self.bias))
-        x = x.astype(self.dtype)
-        out = jax.lax.platform_dependent(x, kernel, cpu=_added_taps, default=_convolve)
-        return out + bias[None, None, None]
+        ways = {"cpu": _added_taps, "default": _convolve}
+        ways = {platform: partial(way, pad_rows=pad_rows) for platform, way in ways.items()}
+        return jax.lax.platform_dependent(x.astype(self.dtype), kernel, **ways) + bias[None, None, None]
 
 
-def _convolve(x, kernel):
+def _convolve(x, kernel, pad_rows=True):
     numbers = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=numbers)
+    padding = ((int(pad_rows),) * 2, (1, 1))
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=numbers)
 
 
-def _added_taps(x, kernel):
-    _, height, width, channels = x.shape
-    taps = x @ kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
-    taps = taps.reshape(*x.shape[:3], 3, 3, -1)
-    taps = jnp.pad(taps, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0), (0, 0)))
+def _added_taps(x, kernel, pad_rows=True):
+    taps = x @ kernel.transpose(2, 0, 1, 3).reshape(x.shape[-1], -1)
+    taps = pad(taps, pad_rows)
+    height, width = taps.shape[1] - 2, x.shape[2]
+    taps = taps.reshape(*taps.shape[:3], 3, 3, -1)
     return sum(taps[:, i : i + height, j : j + width, i, j] for i in range(3) for j in range(3))
 
 
@@ -202,6 +220,24 @@ def _attend_in_parts(query, key, value):
     return out.reshape(batch, heads, queries, size).transpose(0, 2, 1, 3)
 
 
+def norm_silu_conv(norm: GroupNorm, conv: Conv3x3 | NarrowConv, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:
+    """conv(silu(norm(x))); on a CPU large features need no memory for the normalised ones."""
+
+    def by_strips(x):
+        line = norm.line(x)
+
+        def prepare(rows, image):
+            of_image = [jax.lax.dynamic_slice_in_dim(value, image, 1) for value in line]
+            return nnx.silu(norm.apply(rows, *of_image))
+
+        return strips.in_strips(lambda rows: conv(rows, pad_rows=False), x, prepare)
+
+    def whole(x):
+        return conv(nnx.silu(norm(x)))
+
+    return jax.lax.platform_dependent(x, cpu=by_strips, default=whole) if strips.pay(x) else whole(x)
+
+
 class ResnetBlock2D(nnx.Module):
     """Two normalised convolutions with a residual; `time_dim` adds a projection of the time embedding between them."""
 
@@ -233,10 +269,10 @@ class ResnetBlock2D(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], shift: Float[Array, "#b d"] | None = None
     ) -> Float[Array, "b h w d"]:
-        y = self.conv1(nnx.silu(self.norm1(x)))
+        y = norm_silu_conv(self.norm1, self.conv1, x)
         if shift is not None:
             y = y + shift[:, None, None]
-        y = self.conv2(nnx.silu(self.norm2(y)))
+        y = norm_silu_conv(self.norm2, self.conv2, y)
         return y + (self.conv_shortcut(x) if self.has_shortcut else x)
 
 
@@ -264,17 +300,25 @@ class Upsample2D(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"], size: tuple[int, int] | None = None) -> Float[Array, "b h2 w2 c"]:
         if size is None or size == (2 * x.shape[1], 2 * x.shape[2]):
             kernel, bias = (value[...].astype(self.conv.dtype) for value in (self.conv.kernel, self.conv.bias))
-            return double(x.astype(self.conv.dtype), kernel) + bias[None, None, None]
+            return double(x.astype(self.conv.dtype), kernel, bias)
         for axis in (1, 2):
             length, target = x.shape[axis], size[axis - 1]
             x = jnp.take(x, jnp.arange(target) * length // target, axis=axis)
         return self.conv(x)
 
 
-def double(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h2 w2 o"]:
-    """Doubling and convolution of `Upsample2D` without its bias."""
-    on_cpu = _double_by_phases if x.shape[-1] < _DEEPER or x.dtype != jnp.float32 else _double_and_convolve
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=_double)
+def double(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"], bias: Float[Array, " o"]
+) -> Float[Array, "b h2 w2 o"]:
+    """Doubling and convolution of `Upsample2D`."""
+    whole = _double_by_phases if x.shape[-1] < _DEEPER or x.dtype != jnp.float32 else _double_and_convolve
+    if not strips.pay(x, 4):
+        return jax.lax.platform_dependent(x, kernel, cpu=whole, default=_double) + bias[None, None, None]
+
+    def default(x, kernel, bias):
+        return _double(x, kernel) + bias[None, None, None]
+
+    return jax.lax.platform_dependent(x, kernel, bias, cpu=_double_by_strips, default=default)
 
 
 def _phase_sums(kernel, axis: int):
@@ -301,11 +345,25 @@ def _double_by_phases(x, kernel):
 
     As W. Shi et al., "Is the deconvolution layer the same as a convolutional layer?", 2016, have it for subpixels.
     """
-    batch, height, width, channels = x.shape
+    return _phases(x, _phase_taps(kernel))
+
+
+def _double_by_strips(x, kernel, bias):
+    taps = _phase_taps(kernel)
+    doubled = lambda rows: _phases(rows, taps, pad_rows=False) + bias[None, None, None]  # noqa: E731
+    return strips.in_strips(doubled, x, lambda rows, image: rows)
+
+
+def _phase_taps(kernel):
     taps = [_phase_sums(row, 1) for row in _phase_sums(kernel, 0)]
-    taps = jnp.concatenate([taps[a][b] for a in (0, 1) for b in (0, 1)], -1)
+    return jnp.concatenate([taps[a][b] for a in (0, 1) for b in (0, 1)], -1)
+
+
+def _phases(x, taps, pad_rows=True):
     numbers = ("NHWC", "HWIO", "NHWC")
-    found = jax.lax.conv_general_dilated(x, taps, (1, 1), ((1, 1), (1, 1)), dimension_numbers=numbers)
+    padding = ((int(pad_rows),) * 2, (1, 1))
+    found = jax.lax.conv_general_dilated(x, taps, (1, 1), padding, dimension_numbers=numbers)
+    batch, height, width = found.shape[0], found.shape[1] - 1, x.shape[2]
     found = found.reshape(batch, height + 1, width + 1, 2, 2, -1)
     rows = []
     for a in (0, 1):

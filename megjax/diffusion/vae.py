@@ -18,6 +18,7 @@ from megjax.diffusion.layers import (
     conv,
     linear,
     narrow_conv,
+    norm_silu_conv,
 )
 
 NORM_EPS = 1e-6
@@ -186,7 +187,7 @@ class Decoder(nnx.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
 class AutoencoderKL(nnx.Module):

@@ -11,11 +11,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def winograd(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h w o"]:
-    """The convolution with stride 1 and "same" padding."""
-    batch, height, width, channels = x.shape
+def pad(x: Float[Array, "b h w c"], pad_rows: bool) -> Float[Array, "b h2 w2 c"]:
+    """A pixel of zeros around, or left and right only."""
+    return jnp.pad(x, ((0, 0), (int(pad_rows),) * 2, (1, 1), (0, 0)))
+
+
+def winograd(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"], pad_rows: bool = True
+) -> Float[Array, "b h2 w o"]:
+    """The convolution with stride 1 and "same" padding; of columns only without `pad_rows`."""
+    padded = pad(x, pad_rows)
+    batch, height, width, channels = padded.shape[0], padded.shape[1] - 2, *x.shape[2:]
     down, across = -(-height // 2), -(-width // 2)
-    padded = jnp.pad(x, ((0, 0), (1, 1 + height % 2), (1, 1 + width % 2), (0, 0)))
+    padded = jnp.pad(padded, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
     rows = _inputs([padded[:, i : i + 2 * down - 1 : 2] for i in range(4)])
     tiles = [_inputs([row[:, :, j : j + 2 * across - 1 : 2] for j in range(4)]) for row in rows]
     # Without this zero, XLA:CPU sums the taps of all layers at the start of a program and holds them until used. With

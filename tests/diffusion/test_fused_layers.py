@@ -1,41 +1,102 @@
 """Convolutions that a CPU computes in another way give what the plain ones give, in values and gradients."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from megjax.diffusion import layers
+from megjax.diffusion import layers, strips
+from megjax.diffusion.vae import AutoencoderKL, VAEConfig
 from megjax.diffusion.winograd import winograd
 
 
-def both(plain, fused, x, kernel):
+def arrays(seed, *shapes):
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+
+
+def both(plain, fused, *args):
     """Values and gradients of a nonlinear function of both, largest difference against the largest value."""
 
     def loss(fn):
-        return lambda x, kernel: jnp.sum(jnp.sin(fn(x, kernel)))
+        return lambda *args: jnp.sum(jnp.sin(fn(*args)))
 
-    values = [jax.jit(fn)(x, kernel) for fn in (plain, fused)]
-    slopes = [jax.jit(jax.grad(loss(fn), (0, 1)))(x, kernel) for fn in (plain, fused)]
+    values = [jax.jit(fn)(*args) for fn in (plain, fused)]
+    slopes = [jax.jit(jax.grad(loss(fn), range(len(args))))(*args) for fn in (plain, fused)]
     for a, b in [values, *zip(*slopes, strict=True)]:
         yield float(jnp.abs(a - b).max() / jnp.abs(a).max())
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 4, 8), (1, 3, 5, 2), (1, 1, 1, 3)])
 def test_doubling_by_phases(shape):
-    rng = np.random.default_rng(0)
-    x, kernel = rng.standard_normal(shape).astype(np.float32), rng.standard_normal((3, 3, shape[-1], 6))
-    kernel = jnp.asarray(kernel, jnp.float32)
-    assert layers._double_by_phases(jnp.asarray(x), kernel).shape == (shape[0], 2 * shape[1], 2 * shape[2], 6)
-    assert max(both(layers._double, layers._double_by_phases, jnp.asarray(x), kernel)) < 1e-5
+    args = arrays(0, shape, (3, 3, shape[-1], 6))
+    assert layers._double_by_phases(*args).shape == (shape[0], 2 * shape[1], 2 * shape[2], 6)
+    assert max(both(layers._double, layers._double_by_phases, *args)) < 1e-5
 
 
 def test_one_product():
-    rng = np.random.default_rng(4)
-    x = jnp.asarray(rng.standard_normal((2, 3, 5, 8)), jnp.float32)
-    kernel = jnp.asarray(rng.standard_normal((3, 3, 8, 6)), jnp.float32)
-    assert max(both(layers._convolve, layers._one_product, x, kernel)) < 1e-5
+    args = arrays(4, (2, 3, 5, 8), (3, 3, 8, 6))
+    assert max(both(layers._convolve, layers._one_product, *args)) < 1e-5
+
+
+@pytest.mark.parametrize("way", [winograd, layers._one_product, layers._added_taps])
+@pytest.mark.parametrize("height", [3, 4, 7])
+def test_rows_that_are_not_padded(way, height):
+    args = arrays(6, (2, height, 5, 8), (3, 3, 8, 6))
+    plain, fused = partial(layers._convolve, pad_rows=False), partial(way, pad_rows=False)
+    assert fused(*args).shape == (2, height - 2, 5, 6)
+    assert max(both(plain, fused, *args)) < 1e-5
+
+
+def few(monkeypatch, rows):
+    """Everything counts as large; strips of features [6 4 8] have this many rows."""
+    monkeypatch.setattr(strips, "MANY_ELEMENTS", 1)
+    monkeypatch.setattr(strips, "_ELEMENTS_OF_A_STRIP", rows * 4 * 8)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 6])
+@pytest.mark.parametrize("make", [layers.conv, layers.narrow_conv])
+def test_normalised_convolution_in_strips(monkeypatch, rows, make):
+    options = (3, jnp.float32, nnx.Rngs(1)) if make is layers.conv else (jnp.float32, nnx.Rngs(1))
+    layer, norm = make(8, 5, *options), layers.GroupNorm(8, 2, 1e-5, rngs=nnx.Rngs(0))
+    x, layer.bias[...], norm.bias[...] = arrays(7, (2, 6, 4, 8), (5,), (8,))
+
+    def whole(x, kernel):
+        return run(nnx.Conv.__call__, x, kernel)
+
+    def in_strips(x, kernel):
+        return run(lambda layer, y: layers.norm_silu_conv(norm, layer, x), x, kernel)
+
+    def run(call, x, kernel):
+        graph, state = nnx.split(layer)
+        state["kernel"] = nnx.Param(kernel)
+        return call(nnx.merge(graph, state), nnx.silu(norm(x)))
+
+    few(monkeypatch, rows)
+    assert "while" in jax.jit(in_strips).lower(x, layer.kernel[...]).as_text()
+    assert max(both(whole, in_strips, x, layer.kernel[...])) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_doubling_in_strips(monkeypatch, rows):
+    args = arrays(8, (2, 6, 4, 8), (3, 3, 8, 5), (5,))
+    few(monkeypatch, rows)
+    assert "while" in jax.jit(layers.double).lower(*args).as_text()
+    plain = lambda x, kernel, bias: layers._double(x, kernel) + bias[None, None, None]  # noqa: E731
+    assert max(both(plain, layers.double, *args)) < 1e-5
+
+
+def test_a_decoder_takes_strips_only_of_large_images(monkeypatch):
+    vae = AutoencoderKL(VAEConfig(block_out_channels=(8,), norm_num_groups=2), rngs=nnx.Rngs(0))
+    decode = lambda z: vae.decode(z)  # noqa: E731
+    (z,) = arrays(9, (1, 6, 4, 4))
+    plain, text = decode(z), jax.jit(decode).lower(z).as_text()
+    few(monkeypatch, 2)
+    assert "while" not in text and "while" in jax.jit(lambda z: decode(z)).lower(z).as_text()
+    np.testing.assert_allclose(jax.jit(lambda z: decode(z))(z), plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 6, 8), (1, 5, 3, 2), (1, 1, 1, 3), (1, 2, 7, 4)])
@@ -66,7 +127,7 @@ def test_every_way_of_a_convolution(monkeypatch, batch, side, inputs, outputs, n
     """Which way is taken, and that it gives what the plain one gives."""
     monkeypatch.setattr(layers, "_TILE_BYTES", 5 * 16 * 8 * 8 * 64)
     way, taken = getattr(layers, name), []
-    monkeypatch.setattr(layers, name, lambda *args: (taken.append(name), way(*args))[1])
+    monkeypatch.setattr(layers, name, lambda *args, **options: (taken.append(name), way(*args, **options))[1])
     layer = layers.conv(inputs, outputs, 3, jnp.float32, nnx.Rngs(0))
     layer.bias[...] = jnp.arange(float(outputs))
     x = jax.random.normal(jax.random.key(side), (batch, side, side, inputs))
