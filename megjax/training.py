@@ -203,15 +203,15 @@ class MetricsLog:
     def __init__(self, folder: Path, step: int):
         self.path = folder / "metrics.jsonl"
         kept = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-                except json.JSONDecodeError:
-                    break  # the line that a kill cut short is the last one
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except json.JSONDecodeError:
+                break  # the line that a kill cut short is the last one
         write_text(self.path, "".join(line + "\n" for line in kept))
-        from tensorboardX import SummaryWriter  # slow to import: it takes PyTorch along
+        from tensorboardX import SummaryWriter  # takes PyTorch along
 
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
