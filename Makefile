@@ -106,10 +106,10 @@ quality: .venv/run.stamp
 test test-slow: export PYTHONPATH := $(if $(wildcard .venv/libtpu),$(CURDIR)/.venv/libtpu)
 
 test: .venv/test.stamp
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/test.stamp
-	$(BIN)/python -m pytest -n auto --dist worksteal --runslow
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --runslow
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ from eval.stages import (
     power,
     profile,
     scaling,
+    startup,
     summary,
     system,
 )
@@ -57,8 +58,8 @@ own; peak memory is the largest that the process held during the call, weights i
 it). Compilation of megjax and of the old Flax is of the whole program, that of PyTorch its first image, of one step.
 
 Stage `layers` times the ways to compute the costly layers of Stable Diffusion 1.5, `guidance` what guidance in an
-interval of the steps costs and gains, `scaling` how the cost of an image grows, and `profile` names the functions that
-take most of the time of every stage's program.
+interval of the steps costs and gains, `scaling` how the cost of an image grows, `startup` what a new process takes to its
+first image, and `profile` names the functions that take most of the time of every stage's program.
 
 Stage `system` takes latents through seed coding, fading, reception and the VAE, every latent over many realisations;
 the PyTorch link has the same weights. The loop calls the compiled program once a reception.
@@ -81,14 +82,15 @@ class Arguments:
             "power",
             "profile",
             "scaling",
+            "startup",
             "system",
             "tables",
         ]
     ]
     """"channel", "codec" (training of the seed codec), "diffusion" (the U-Net), "guidance" (in an interval of steps),
     "image" (from token ids to pixels), "layers" (ways to compute them), "power" (rollouts and PPO), "profile" (the
-    largest costs), "scaling" (with batch, size and steps), "system" (images received a second), "all" of them one
-    after the other, or "tables": docs/benchmarks.md from files under --folder."""
+    largest costs), "scaling" (with batch, size and steps), "startup" (to the first image), "system" (images received
+    a second), "all" of them one after the other, or "tables": docs/benchmarks.md from files under --folder."""
     batches: tuple[int, ...] = (4_096, 65_536)
     """Realisations at a time; TDL and the ways to draw Gaussian numbers run at the smallest only. Rollouts of power."""
     preset: Literal["scenes", "tiny"] = "scenes"
@@ -139,6 +141,7 @@ def stages(args: Arguments) -> dict[str, Callable[[], tuple[list[dict], list[str
         "system": lambda: system.run(*sizes, *few),
         "guidance": lambda: guidance.run(args.captions, args.rounds),
         "scaling": lambda: scaling.run(args.rounds, args.model != "scenes"),
+        "startup": lambda: startup.run(args.rounds),
         "profile": profile.run,
     }
 
@@ -208,6 +211,7 @@ LAYOUTS = {"channel": (COLUMNS, cells)} | {
         "power": power,
         "profile": profile,
         "scaling": scaling,
+        "startup": startup,
         "system": system,
     }.items()
 }

@@ -203,8 +203,7 @@ class MetricsLog:
     def __init__(self, folder: Path, step: int):
         self.path = folder / "metrics.jsonl"
         kept = []
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        for line in lines:
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)

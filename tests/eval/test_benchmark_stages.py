@@ -12,7 +12,7 @@ import pytest
 from eval import benchmark
 from eval.measure import ceilings
 from eval.peers import lines
-from eval.stages import guidance, image, layer_choices, profile, scaling, summary
+from eval.stages import guidance, image, layer_choices, profile, scaling, startup, summary
 
 
 def printed(stage, rows):
@@ -90,6 +90,17 @@ def test_scaling(monkeypatch):
     assert len(rows) == len(scaling.BATCHES) + len(scaling.SIDES) + len(scaling.STEPS)
     assert rows[1]["seconds_an_image"] == rows[1]["seconds"] / 4 and rows[0]["to_the_first"] == 1
     printed(scaling, rows)
+
+
+def test_startup():
+    """Bundled model in two new processes: the second reads the programs that the first compiled."""
+    rows, _, _ = startup.run(1)
+    empty, warm = rows
+    assert (empty["implementation"], warm["implementation"]) == (startup.EMPTY, startup.WARM)
+    assert warm["first_image_s"] < empty["first_image_s"]
+    for row in rows:
+        assert 0 < sum(row[part] for part in startup.PARTS) < row["seconds"]
+    printed(startup, rows)
 
 
 def test_profiles_name_functions_of_the_library():
