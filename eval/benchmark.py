@@ -58,8 +58,8 @@ own; peak memory is the largest that the process held during the call, weights i
 it). Compilation of megjax and of the old Flax is of the whole program, that of PyTorch its first image, of one step.
 
 Stage `layers` times the ways to compute the costly layers of Stable Diffusion 1.5, `guidance` what guidance in an
-interval of the steps costs and gains, `scaling` how the cost of an image grows, `startup` what a new process takes to its
-first image, and `profile` names the functions that take most of the time of every stage's program.
+interval of the steps costs and gains, `scaling` how the cost of an image grows, `startup` what a new process takes to
+its first image, and `profile` names the functions that take most of the time of every stage's program.
 
 Stage `system` takes latents through seed coding, fading, reception and the VAE, every latent over many realisations;
 the PyTorch link has the same weights. The loop calls the compiled program once a reception.
