@@ -20,6 +20,7 @@ from eval.stages import (
     guidance,
     image,
     layer_choices,
+    limits,
     power,
     profile,
     scaling,
@@ -59,7 +60,8 @@ it). Compilation of megjax and of the old Flax is of the whole program, that of 
 
 Stage `layers` times the ways to compute the costly layers of Stable Diffusion 1.5, `guidance` what guidance in an
 interval of the steps costs and gains, `scaling` how the cost of an image grows, `startup` what a new process takes to
-its first image, and `profile` names the functions that take most of the time of every stage's program.
+its first image, `limits` what every stage's program reaches of the machine's operations and bytes a second, and
+`profile` names the functions that take most of its time.
 
 Stage `system` takes latents through seed coding, fading, reception and the VAE, every latent over many realisations;
 the PyTorch link has the same weights. The loop calls the compiled program once a reception.
@@ -79,6 +81,7 @@ class Arguments:
             "guidance",
             "image",
             "layers",
+            "limits",
             "power",
             "profile",
             "scaling",
@@ -88,9 +91,10 @@ class Arguments:
         ]
     ]
     """"channel", "codec" (training of the seed codec), "diffusion" (the U-Net), "guidance" (in an interval of steps),
-    "image" (from token ids to pixels), "layers" (ways to compute them), "power" (rollouts and PPO), "profile" (the
-    largest costs), "scaling" (with batch, size and steps), "startup" (to the first image), "system" (images received
-    a second), "all" of them one after the other, or "tables": docs/benchmarks.md from files under --folder."""
+    "image" (from token ids to pixels), "layers" (ways to compute them), "limits" (operations and bytes a second next
+    to the machine's), "power" (rollouts and PPO), "profile" (the largest costs), "scaling" (with batch, size and
+    steps), "startup" (to the first image), "system" (images received a second), "all" of them one after the other, or
+    "tables": docs/benchmarks.md from files under --folder."""
     batches: tuple[int, ...] = (4_096, 65_536)
     """Realisations at a time; TDL and the ways to draw Gaussian numbers run at the smallest only. Rollouts of power."""
     preset: Literal["scenes", "tiny"] = "scenes"
@@ -142,6 +146,7 @@ def stages(args: Arguments) -> dict[str, Callable[[], tuple[list[dict], list[str
         "guidance": lambda: guidance.run(args.captions, args.rounds),
         "scaling": lambda: scaling.run(args.rounds, args.model != "scenes"),
         "startup": lambda: startup.run(args.rounds),
+        "limits": limits.run,
         "profile": profile.run,
     }
 
@@ -208,6 +213,7 @@ LAYOUTS = {"channel": (COLUMNS, cells)} | {
         "guidance": guidance,
         "image": image,
         "layers": layer_choices,
+        "limits": limits,
         "power": power,
         "profile": profile,
         "scaling": scaling,

@@ -22,21 +22,25 @@ def run(stages: tuple[str, ...] = STAGES) -> tuple[list[dict], list[str], list[s
     """Rows of the benchmark file, no missing peers, and notes. Each stage is traced in a process of its own."""
     rows, notes = [], ["Time is that of XLA's operations, added over threads, in one call after the first."]
     for stage in stages:
-        with tempfile.TemporaryDirectory() as dump:
-            flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=NONE"
-            command = [sys.executable, "-m", "eval.stages.profile"]
-            try:
-                served = Served(command, {"stage": stage, "dump": dump}, {"XLA_FLAGS": flags})
-            except RuntimeError as error:
-                notes.append(f"{stage} was not profiled: {error}.")
-                continue
-            costs = served.about["costs"]
-            served.close()
+        try:
+            costs = of_process("eval.stages.profile", stage)["costs"]
+        except RuntimeError as error:
+            notes.append(f"{stage} was not profiled: {error}.")
+            continue
         for place, share in costs[:NUM_COSTS]:
             function, _, file = place.partition(" in ")
             row = {"case": f"largest costs of stage {stage}", "batch": 0, "implementation": function, "file": file}
             rows.append({**row, "share": share})
     return rows, [], notes
+
+
+def of_process(module: str, stage: str) -> dict[str, Any]:
+    """What a script of this kind says of a stage, in a process that keeps the text of its programs; RuntimeError."""
+    with tempfile.TemporaryDirectory() as dump:
+        flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=NONE"
+        served = Served([sys.executable, "-m", module], {"stage": stage, "dump": dump}, {"XLA_FLAGS": flags})
+        served.close()
+    return served.about
 
 
 def cells(row) -> list[str]:
@@ -89,8 +93,8 @@ def places(text: str) -> dict[str, str]:
     return ops
 
 
-def costs_of(call: Callable[[], Any], dump: str) -> list[tuple[str, float]]:
-    """Shares of the time of `call`, which has run before, by place, the largest first; XLA's modules are in `dump`."""
+def traced(call: Callable[[], Any]) -> dict[tuple[str, str], list[float]]:
+    """(module, operation) -> nanoseconds of every time that it ran in a call."""
     import jax
 
     with tempfile.TemporaryDirectory() as folder:
@@ -98,20 +102,31 @@ def costs_of(call: Callable[[], Any], dump: str) -> list[tuple[str, float]]:
             call()
         (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
         planes = list(jax.profiler.ProfileData.from_file(path).planes)
-        spent: dict[tuple[str, str], float] = collections.Counter()
-        for plane in planes:
-            for line in plane.lines:
-                for event in line.events:
-                    stats = dict(event.stats)
-                    if "hlo_op" in stats:
-                        spent[stats["hlo_module"], stats["hlo_op"]] += event.duration_ns
+    events = collections.defaultdict(list)
+    for plane in planes:
+        for line in plane.lines:
+            for event in line.events:
+                stats = dict(event.stats)
+                if "hlo_op" in stats:
+                    events[stats["hlo_module"], stats["hlo_op"]].append(event.duration_ns)
+    return events
+
+
+def text_of(module: str, dump: str) -> str:
+    """The program that ran, from XLA's dump; empty if it is not there."""
+    files = sorted(Path(dump).glob(f"module_*.{module}.*after_optimizations.txt"))
+    return files[-1].read_text() if files else ""
+
+
+def costs_of(call: Callable[[], Any], dump: str) -> list[tuple[str, float]]:
+    """Shares of the time of `call`, which has run before, by place, the largest first; XLA's modules are in `dump`."""
+    events = traced(call)
     by_place: dict[str, float] = collections.Counter()
-    for module in {module for module, _ in spent}:
-        files = sorted(Path(dump).glob(f"module_*.{module}.*after_optimizations.txt"))
-        known = places(files[-1].read_text()) if files else {}
-        for (owner, op), nanoseconds in spent.items():
+    for module in {module for module, _ in events}:
+        known = places(text_of(module, dump))
+        for (owner, op), nanoseconds in events.items():
             if owner == module and op in known:
-                by_place[known[op]] += nanoseconds
+                by_place[known[op]] += sum(nanoseconds)
     total = sum(by_place.values())
     return [(place, value / total) for place, value in sorted(by_place.items(), key=lambda item: -item[1])]
 

@@ -12,7 +12,7 @@ import pytest
 from eval import benchmark
 from eval.measure import ceilings
 from eval.peers import lines
-from eval.stages import guidance, image, layer_choices, profile, scaling, startup, summary
+from eval.stages import guidance, image, layer_choices, limits, profile, scaling, startup, summary
 
 
 def printed(stage, rows):
@@ -101,6 +101,31 @@ def test_startup():
     for row in rows:
         assert 0 < sum(row[part] for part in startup.PARTS) < row["seconds"]
     printed(startup, rows)
+
+
+def test_limits(monkeypatch):
+    """The channel's program, next to ceilings of 1: XLA's count of operations for 65,536 realisations."""
+    monkeypatch.setattr(limits, "ceilings", lambda: {"matmul_float32": 1.0, "copy_bytes": 1.0})
+    rows, _, notes = limits.run(("channel",))
+    assert rows, notes
+    (row,) = rows
+    # 16 x 64 complex symbols are written; a number takes tens of operations, a realisation is not stored twice.
+    assert 65_536 * 1024 * 8 < row["bytes"] < 4 * 65_536 * 1024 * 8
+    assert 20 < row["flops"] / (65_536 * 1024) < 2_000
+    assert row["share_of_matmul"] == row["flops_per_second"] == row["flops"] / row["seconds"]
+    printed(limits, rows)
+
+
+def test_work_of_repeated_programs(tmp_path):
+    """Three runs of a product."""
+    x = jnp.ones((64, 64))
+    text = jax.jit(lambda x: x @ x).lower(x).compile().as_text()
+    (tmp_path / "module_0001.jit_f.cpu_after_optimizations.txt").write_text(text)
+    entry = re.search(r"ROOT %([\w.\-]+)", text[text.index("ENTRY") :])[1]
+    events = {("jit_f", entry): [5.0] * 3}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profile, "traced", lambda call: events)
+        assert limits.work_of(lambda: None, str(tmp_path)).flops == 3 * 2 * 64**3
 
 
 def test_profiles_name_functions_of_the_library():
