@@ -92,6 +92,7 @@ def test_scaling(monkeypatch):
     printed(scaling, rows)
 
 
+@pytest.mark.slow
 def test_startup():
     """Bundled model in two new processes: the second reads the programs that the first compiled."""
     rows, _, _ = startup.run(1)
