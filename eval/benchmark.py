@@ -131,8 +131,10 @@ class Arguments:
     """Folder of the JSON files."""
 
 
-def stages(args: Arguments) -> dict[str, Callable[[], tuple[list[dict], list[str], list[str]]]]:
-    """Stage -> its rows, missing peers and notes, in the order of "all"."""
+def stages(
+    args: Arguments, machine: dict[str, float] | None = None
+) -> dict[str, Callable[[], tuple[list[dict], list[str], list[str]]]]:
+    """Stage -> its rows, missing peers and notes, in the order of "all"; `machine` are its ceilings."""
     sizes = args.images, args.realisations, args.receptions
     few, compiled = (args.rounds, args.peers), args.torch_compile
     return {
@@ -146,7 +148,7 @@ def stages(args: Arguments) -> dict[str, Callable[[], tuple[list[dict], list[str
         "guidance": lambda: guidance.run(args.captions, args.rounds),
         "scaling": lambda: scaling.run(args.rounds, args.model != "scenes"),
         "startup": lambda: startup.run(args.rounds),
-        "limits": limits.run,
+        "limits": lambda: limits.run(machine or {}),
         "profile": profile.run,
     }
 
@@ -169,7 +171,7 @@ def run(args: Arguments) -> None:
     except OSError as error:
         raise ValueError(f"--folder {str(args.folder)!r} cannot be made: {error.strerror}") from None
     about = {**environment(), "stage": args.stage, "ceilings": ceilings()}
-    rows, missing, notes = stages(args)[args.stage]()
+    rows, missing, notes = stages(args, about["ceilings"])[args.stage]()
     result = {**about, "rows": rows, "missing_peers": missing, "notes": notes}
     path = args.folder / f"{args.stage}-{slug(about['device'])}.json"
     write_json(path, result)

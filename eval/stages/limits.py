@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from eval.measure import ceilings
 from eval.peers.lines import serve
 from eval.stages import profile
 from megjax import hlo
@@ -14,9 +13,12 @@ COLUMNS = ["stage", "seconds a call", "GFLOP a call", "TFLOP/s", "of matmul", "G
 SAMPLES = 5
 
 
-def run(stages: tuple[str, ...] = profile.STAGES) -> tuple[list[dict], list[str], list[str]]:
-    """Rows of the benchmark file, no missing peers, and notes. Each stage runs in a process of its own."""
-    rows, notes, limits = [], [], ceilings()
+def run(limits: dict[str, float], stages: tuple[str, ...] = profile.STAGES) -> tuple[list[dict], list[str], list[str]]:
+    """Rows of the benchmark file next to the machine's `limits` (`eval.measure.ceilings`), no missing peers, and notes.
+
+    Each stage runs in a process of its own.
+    """
+    rows, notes = [], []
     for stage in stages:
         try:
             about = profile.of_process("eval.stages.limits", stage)
@@ -50,12 +52,18 @@ def cells(row) -> list[str]:
 
 
 def work_of(call: Callable[[], Any], dump: str) -> hlo.Work:
-    """Operations and bytes of all programs that a call runs; XLA's modules are in `dump`."""
+    """Operations and bytes of all programs that a call runs; XLA's modules are in `dump`.
+
+    RuntimeError if one is not there.
+    """
     events, total = profile.traced(call), hlo.Work()
     for name in {module for module, _ in events}:
-        module = hlo.Module(profile.text_of(name, dump))
+        text = profile.text_of(name, dump)
+        module = hlo.Module(text)
         entry = module.computations.get(module.entry, ())
         runs = min((len(events[name, i.name]) for i in entry if (name, i.name) in events), default=0)
+        if not text or not runs:
+            raise RuntimeError(f"program {name} ran, but its text is not there")
         total = total + module.work(repeat=True) * runs
     return total
 

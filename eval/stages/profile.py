@@ -38,7 +38,8 @@ def of_process(module: str, stage: str) -> dict[str, Any]:
     """What a script of this kind says of a stage, in a process that keeps the text of its programs; RuntimeError."""
     with tempfile.TemporaryDirectory() as dump:
         flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=NONE"
-        served = Served([sys.executable, "-m", module], {"stage": stage, "dump": dump}, {"XLA_FLAGS": flags})
+        environ = {"XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "false"}  # nothing is dumped of what is read
+        served = Served([sys.executable, "-m", module], {"stage": stage, "dump": dump}, environ)
         served.close()
     return served.about
 

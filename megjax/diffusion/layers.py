@@ -312,7 +312,7 @@ def double(
 ) -> Float[Array, "b h2 w2 o"]:
     """Doubling and convolution of `Upsample2D`."""
     whole = _double_by_phases if x.shape[-1] < _DEEPER or x.dtype != jnp.float32 else _double_and_convolve
-    if not strips.pay(x, 4):
+    if whole is _double_and_convolve or not strips.pay(x, 4):
         return jax.lax.platform_dependent(x, kernel, cpu=whole, default=_double) + bias[None, None, None]
 
     def default(x, kernel, bias):

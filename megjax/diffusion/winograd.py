@@ -28,7 +28,7 @@ def winograd(
     tiles = [_inputs([row[:, :, j : j + 2 * across - 1 : 2] for j in range(4)]) for row in rows]
     # Without this zero, XLA:CPU sums the taps of all layers at the start of a program and holds them until used. With
     # several devices it would have to come from the one that holds the first image.
-    alone = jax.local_device_count() == 1
+    alone = jax.device_count() == 1
     zero = jnp.minimum(jnp.abs(jax.lax.stop_gradient(x[0, 0, 0, 0])), 0) if alone else 0.0
     taps = [_taps(*jnp.unstack(row)) for row in _taps(*jnp.unstack(kernel + zero))]
     # Sixteen products: one of a stack of matrices is slower on a CPU.

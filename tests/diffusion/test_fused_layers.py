@@ -52,7 +52,7 @@ def test_rows_that_are_not_padded(way, height):
 
 
 def few(monkeypatch, rows):
-    """Everything counts as large; strips of features [6 4 8] have this many rows."""
+    """Everything counts as large; strips of features [6 4 8] have at most this many rows."""
     monkeypatch.setattr(strips, "MANY_ELEMENTS", 1)
     monkeypatch.setattr(strips, "_ELEMENTS_OF_A_STRIP", rows * 4 * 8)
 
@@ -80,7 +80,19 @@ def test_normalised_convolution_in_strips(monkeypatch, rows, make):
     assert max(both(whole, in_strips, x, layer.kernel[...])) < 1e-5
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
+def test_wide_convolution_in_strips(monkeypatch, dtype, tolerance):
+    """Winograd's in float32; the last strip of seven rows makes some again."""
+    monkeypatch.setattr(strips, "MANY_ELEMENTS", 1)
+    monkeypatch.setattr(strips, "_ELEMENTS_OF_A_STRIP", 4 * 5 * 64)
+    layer, norm = layers.conv(64, 64, 3, dtype, nnx.Rngs(1)), layers.GroupNorm(64, 8, 1e-5, dtype, rngs=nnx.Rngs(0))
+    (x,) = arrays(10, (2, 7, 5, 64))
+    found = layers.norm_silu_conv(norm, layer, x.astype(dtype))
+    assert found.dtype == dtype and found.shape == x.shape
+    np.testing.assert_allclose(found.astype(jnp.float32), layer(nnx.silu(norm(x))), atol=tolerance)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
 def test_doubling_in_strips(monkeypatch, rows):
     args = arrays(8, (2, 6, 4, 8), (3, 3, 8, 5), (5,))
     few(monkeypatch, rows)
