@@ -22,6 +22,8 @@ def names(tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("tutorial"), {}
     patch = pytest.MonkeyPatch()
     patch.chdir(folder)
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # it compiles longer than it runs
+    jax.config.update("jax_disable_most_optimizations", True)
     patch.syspath_prepend(str(folder))
     for kind, text in BLOCKS:
         if text.startswith("# mine.py\n"):
@@ -35,6 +37,7 @@ def names(tmp_path_factory):
             ended = subprocess.run([sys.executable, *command[1:]], env=paths, capture_output=True, text=True)
             assert ended.returncode == 0, ended.stderr[-2000:]
     yield found
+    jax.config.update("jax_disable_most_optimizations", False)
     patch.undo()
     sys.modules.pop("mine", None)
 
