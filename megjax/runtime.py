@@ -35,7 +35,7 @@ def enable_compilation_cache() -> Path:
 
 @functools.cache
 def return_memory_of_compiler() -> None:
-    """From now on give back to the system what XLA's compiler freed, of which glibc would keep up to 1 GiB."""
+    """From now on give back to the system what XLA's compiler freed, which glibc would keep."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is None:
         return

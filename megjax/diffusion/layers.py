@@ -103,8 +103,13 @@ def conv3x3(
         on_cpu = winograd
     else:
         return _convolve(x, kernel, pad_rows)
-    ways = {"cpu": on_cpu, "default": _convolve}
-    return jax.lax.platform_dependent(x, kernel, **{k: partial(way, pad_rows=pad_rows) for k, way in ways.items()})
+    return _on_cpu(on_cpu, x, kernel, pad_rows)
+
+
+def _on_cpu(way, x, kernel, pad_rows):
+    """A 3x3 convolution that a CPU computes in this way."""
+    cpu, default = (partial(fn, pad_rows=pad_rows) for fn in (way, _convolve))
+    return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
 
 
 def _one_product(x, kernel, pad_rows=True):
@@ -123,9 +128,7 @@ class NarrowConv(nnx.Conv):
     def __call__(self, x: Float[Array, "b h w i"], pad_rows: bool = True) -> Float[Array, "b h2 w o"]:
         """Without `pad_rows` there are two rows less."""
         kernel, bias = (value[...].astype(self.dtype) for value in (self.kernel, self.bias))
-        ways = {"cpu": _added_taps, "default": _convolve}
-        ways = {platform: partial(way, pad_rows=pad_rows) for platform, way in ways.items()}
-        return jax.lax.platform_dependent(x.astype(self.dtype), kernel, **ways) + bias[None, None, None]
+        return _on_cpu(_added_taps, x.astype(self.dtype), kernel, pad_rows) + bias[None, None, None]
 
 
 def _convolve(x, kernel, pad_rows=True):
