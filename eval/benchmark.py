@@ -113,7 +113,7 @@ class Arguments:
     """Measure torch.compile too (stages diffusion and image)."""
     image_steps: int = 25
     """Guided steps of an image (stage image)."""
-    image_batch: int = 1
+    image_batches: tuple[int, ...] = (1,)
     """Images at a time (stage image)."""
     captions: int = 500
     """Held-out captions, a multiple of 50 (stage guidance)."""
@@ -143,7 +143,7 @@ def stages(
         "power": lambda: power.run(args.batches, args.envs, args.gap_updates, *few),
         "layers": lambda: layer_choices.run(2, args.rounds),
         "diffusion": lambda: diffusion.run(args.model, args.unet_batches, *few, compiled),
-        "image": lambda: image.run(args.model, args.image_batch, args.image_steps, *few, compiled),
+        "image": lambda: image.run(args.model, args.image_batches, args.image_steps, *few, compiled),
         "system": lambda: system.run(*sizes, *few),
         "guidance": lambda: guidance.run(args.captions, args.rounds),
         "scaling": lambda: scaling.run(args.rounds, args.model != "scenes"),
@@ -156,7 +156,7 @@ def stages(
 def run(args: Arguments) -> None:
     """Measure, print, save; ValueError on bad arguments, before any work."""
     sizes = ("batches", "rounds", "steps", "envs", "unet_batches", "images", "realisations", "receptions")
-    require_positive_integers(args, "arguments", (*sizes, "image_steps", "image_batch", "captions"))
+    require_positive_integers(args, "arguments", (*sizes, "image_steps", "image_batches", "captions"))
     require(args.gap_updates >= 0, "--gap-updates", args.gap_updates, "0 or more")
     fewest = 1 if args.stage == "image" else 3
     require(args.rounds >= fewest, "--rounds", args.rounds, f"{fewest} or more")

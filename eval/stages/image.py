@@ -31,9 +31,15 @@ MEGJAX, COMPILED, FLAX = "megjax", "PyTorch, torch.compile", "Flax of diffusers 
 
 
 def run(
-    model: str, batch: int, steps: int, rounds: int, with_peers: bool, compiled: bool = True, guidance: float = 7.5
+    model: str,
+    batches: tuple[int, ...],
+    steps: int,
+    rounds: int,
+    with_peers: bool,
+    compiled: bool = True,
+    guidance: float = 7.5,
 ) -> tuple[list[dict], list[str], list[str]]:
-    """Rows of the benchmark file, the peers that are missing, and notes.
+    """Rows of the benchmark file, the peers that are missing, and notes; `batches` are images at a time.
 
     Every sample is a call in a new process, one after the other, so that its memory can be seen and that several copies
     of the weights need not fit side by side. Weights are random. Numbers are float32 on a CPU and bfloat16 elsewhere.
@@ -41,30 +47,35 @@ def run(
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.float32 if on_cpu else jnp.bfloat16
     configs, length = model_configs(model, dtype)
-    request = {"model": model, "batch": batch, "steps": steps, "guidance": guidance, "dtype": jnp.dtype(dtype).name}
+    request = {"model": model, "steps": steps, "guidance": guidance, "dtype": jnp.dtype(dtype).name}
     request |= {"length": length, "device": "cpu" if on_cpu else "cuda"}
     networks = {name: getattr(configs, name).to_dict() for name in ("text_encoder", "unet", "vae")}
-    starts: dict[str, Callable[..., Served]] = {MEGJAX: partial(image_process.start, request)}
+    starts: dict[str, Callable[..., Served]] = {MEGJAX: image_process.start}
+    asked: dict[str, dict[str, Any]] = {MEGJAX: {}}
     notes, missing = [f"{model}: random weights, {jnp.dtype(dtype).name}, DDIM, guidance {guidance:g}."], []
     if with_peers:
         if peer("torch_unet") is None:
             missing.append("torch_image")
         else:
-            starts[EAGER] = partial(torch_image.start, {**request, **networks, "compiled": False})
+            starts[EAGER], asked[EAGER] = torch_image.start, {**networks, "compiled": False}
             problem = compiler_problem(on_cpu) if compiled else "not asked for"
             if problem:
                 notes.append(f"torch.compile was not measured: {problem}.")
             else:
-                starts[COMPILED] = partial(torch_image.start, {**request, **networks, "compiled": True})
+                starts[COMPILED], asked[COMPILED] = torch_image.start, {**networks, "compiled": True}
         if flax_diffusers.PYTHON.exists():
-            starts[FLAX] = partial(flax_diffusers.start, {**request, **networks})
+            starts[FLAX], asked[FLAX] = flax_diffusers.start, networks
         else:
             missing.append(OLD_FLAX)
-    samples, problems = measure(starts, rounds)
     pixels = configs.unet.sample_size * configs.vae.downsample
-    rows = rows_of(samples, f"image of {model}, {pixels}x{pixels} pixels, {steps} guided steps", batch, rounds)
-    versions = {sample["versions"] for made in samples.values() for sample in made if "versions" in sample}
-    return rows, missing, [*notes, *problems, *(f"{version}." for version in sorted(versions))]
+    case, rows, versions = f"image of {model}, {pixels}x{pixels} pixels, {steps} guided steps", [], set()
+    for batch in batches:
+        of_batch = {name: partial(start, {**request, **asked[name], "batch": batch}) for name, start in starts.items()}
+        samples, problems = measure(of_batch, rounds)
+        rows += rows_of(samples, case, batch, rounds)
+        notes += problems
+        versions |= {sample["versions"] for made in samples.values() for sample in made if "versions" in sample}
+    return rows, missing, [*notes, *(f"{version}." for version in sorted(versions))]
 
 
 def measure(starts: dict[str, Callable[..., Served]], rounds: int) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from eval.measure import Contender, measure
 from megjax.cost import nominal_flops
@@ -18,10 +19,12 @@ CONVOLUTIONS = ((320, 64), (640, 32), (1280, 16), (1280, 8))
 DOUBLINGS = ((640, 32), (1280, 16))
 ATTENTIONS = ((4096, 8, 40), (1024, 8, 80))
 """Tokens, heads and their size."""
+DECODER = ((128, 512), (256, 256))
+"""Channels and pixels along a side of one image's normalised convolutions in the image decoder."""
 LARGEST_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.2}
 """Of a value, in standard deviations of all."""
 FIRST = "XLA's own"
-COLUMNS = ["way", "ms", "TFLOP/s as defined", "of XLA's own"]
+COLUMNS = ["way", "ms", "TFLOP/s as defined", "of XLA's own", "temporaries (MiB)"]
 
 
 class Case(NamedTuple):
@@ -40,12 +43,14 @@ def run(
     convolutions: Sequence[tuple[int, int]] = CONVOLUTIONS,
     doublings: Sequence[tuple[int, int]] = DOUBLINGS,
     attentions: Sequence[tuple[int, int, int]] = ATTENTIONS,
+    decoder: Sequence[tuple[int, int]] = DECODER,
 ) -> tuple[list[dict], list[str], list[str]]:
     """Rows of the benchmark file, no missing peers, and notes; RuntimeError where a way computes something else."""
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     rows, notes = [], [f"Numbers are {jnp.dtype(dtype).name}."]
     allowed = LARGEST_DIFFERENCE[jnp.dtype(dtype).name]
-    for case in cases(batch, dtype, convolutions, doublings, attentions):
+    listed = [*cases(batch, dtype, convolutions, doublings, attentions), *decoder_cases(dtype, decoder)]
+    for case in listed:
         programs = {name: jax.jit(fn) for name, fn in {**case.ways, "megjax": case.taken}.items()}
         expected, *others = (np.asarray(fn(*case.args), np.float32) for fn in programs.values())
         for name, found in zip(list(programs)[1:], others, strict=True):
@@ -53,17 +58,19 @@ def run(
                 raise RuntimeError(f"{case.name}: {name} is not what XLA's own way gives")
         timings = measure([contender(name, fn, case.args) for name, fn in programs.items()], rounds, case.name)
         flops = nominal_flops(case.ways[FIRST], *case.args)
+        memory = {name: fn.lower(*case.args).compile().memory_analysis() for name, fn in programs.items()}
         for name, timing in timings.items():
             rows.append(
                 {
                     "case": case.name,
-                    "batch": batch,
+                    "batch": len(case.args[0]),
                     "implementation": name,
                     "seconds": timing.median_s,
                     "seconds_quartiles": list(timing.quartiles_s),
                     "flops": flops,
                     "flops_per_second": flops / timing.median_s,
                     "ratio_to_first": timings[FIRST].median_s / timing.median_s,
+                    "temporary_bytes": memory[name].temp_size_in_bytes,
                     "first_call_s": timing.first_s,
                     "rounds": rounds,
                 }
@@ -84,6 +91,7 @@ def cells(row) -> list[str]:
         f"{1e3 * row.seconds:.3g} [{1e3 * low:.3g}, {1e3 * high:.3g}]",
         f"{row.flops_per_second / 1e12:.3f}",
         f"{row.ratio_to_first:.2f}",
+        f"{row.temporary_bytes / 2**20:,.0f}",
     ]
 
 
@@ -130,6 +138,28 @@ def cases(
             ways["cuDNN"] = partial(whole, implementation="cudnn")
         taken = partial(layers.attend, num_heads=heads)
         yield Case(f"attention over {tokens:,} tokens, {heads} heads of {size}", args, ways, taken)
+
+
+def decoder_cases(dtype: Any, decoder: Sequence[tuple[int, int]]) -> Iterator[Case]:
+    """Normalisation, SiLU and convolution of one image's large features, whole and as megjax makes them."""
+    for channels, side in decoder:
+        rngs = nnx.Rngs(0)
+        modules = (
+            layers.GroupNorm(channels, 32, 1e-6, dtype, rngs=rngs),
+            layers.conv(channels, channels, 3, dtype, rngs),
+        )
+        graph, params = nnx.split(modules)
+
+        def whole(x, params, graph=graph, way=layers._convolve):
+            norm, conv = nnx.merge(graph, params)
+            return way(nnx.silu(norm(x)), conv.kernel[...]) + conv.bias[...][None, None, None]
+
+        def taken(x, params, graph=graph):
+            return layers.norm_silu_conv(*nnx.merge(graph, params), x)
+
+        ways = {FIRST: whole, **({"whole, Winograd": partial(whole, way=winograd)} if dtype == jnp.float32 else {})}
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((1, side, side, channels), np.float32), dtype)
+        yield Case(f"normalisation and 3x3 convolution, {channels} channels, {side}x{side}", (x, params), ways, taken)
 
 
 _INPUTS = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], np.float32)

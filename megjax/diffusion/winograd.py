@@ -6,6 +6,8 @@ middle is a matrix product for each of the 16 places of a tile. Sums in other or
 result is within 1e-5 of its standard deviation of the direct one's, but half precision would lose too much.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -16,6 +18,7 @@ def pad(x: Float[Array, "b h w c"], pad_rows: bool) -> Float[Array, "b h2 w2 c"]
     return jnp.pad(x, ((0, 0), (int(pad_rows),) * 2, (1, 1), (0, 0)))
 
 
+@partial(jax.jit, static_argnames="pad_rows")
 def winograd(
     x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"], pad_rows: bool = True
 ) -> Float[Array, "b h2 w o"]:

@@ -80,6 +80,22 @@ def test_normalised_convolution_in_strips(monkeypatch, rows, make):
     assert max(both(whole, in_strips, x, layer.kernel[...])) < 1e-5
 
 
+def test_gradients_of_a_norm_in_strips(monkeypatch):
+    layer, norm = layers.conv(8, 5, 3, jnp.float32, nnx.Rngs(1)), layers.GroupNorm(8, 2, 1e-5, rngs=nnx.Rngs(0))
+    x, norm.scale[...], norm.bias[...], weights = arrays(11, (2, 6, 4, 8), (8,), (8,), (2, 6, 4, 5))
+    graph, state = nnx.split(norm)
+
+    def loss(state):
+        return (weights * layers.norm_silu_conv(nnx.merge(graph, state), layer, x)).sum()
+
+    plain = jax.grad(loss)(state)
+    few(monkeypatch, 2)
+    assert "while" in jax.jit(lambda state: loss(state)).lower(state).as_text()
+    for found, expected in zip(*map(jax.tree.leaves, (jax.grad(lambda s: loss(s))(state), plain)), strict=True):
+        assert jnp.abs(expected).max() > 0.1
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
 def test_wide_convolution_in_strips(monkeypatch, dtype, tolerance):
     """Winograd's in float32; the last strip of seven rows makes some again."""

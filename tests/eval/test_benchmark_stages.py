@@ -23,9 +23,9 @@ def printed(stage, rows):
 
 
 def test_layers():
-    rows, missing, _ = layer_choices.run(1, 3, ((8, 4),), ((8, 4),), ((16, 2, 4),))
-    assert not missing and len(rows) == 5 + 4 + 3
-    assert [row["ratio_to_first"] for row in rows if row["implementation"] == layer_choices.FIRST] == [1, 1, 1]
+    rows, missing, _ = layer_choices.run(1, 3, ((8, 4),), ((8, 4),), ((16, 2, 4),), ((32, 8),))
+    assert not missing and len(rows) == 5 + 4 + 3 + 3
+    assert [row["ratio_to_first"] for row in rows if row["implementation"] == layer_choices.FIRST] == [1, 1, 1, 1]
     assert rows[0]["flops"] == pytest.approx(2 * 9 * 8 * 8 * 16, rel=0.5)
     printed(layer_choices, rows)
 
@@ -33,14 +33,14 @@ def test_layers():
 def test_a_way_that_gives_something_else_is_refused(monkeypatch):
     monkeypatch.setattr(layer_choices, "winograd_of_stacks", lambda x, kernel: layer_choices.winograd(x, kernel) + 0.01)
     with pytest.raises(RuntimeError, match="one product of stacks is not what"):
-        layer_choices.run(1, 3, ((8, 4),), (), ())
+        layer_choices.run(1, 3, ((8, 4),), (), (), ())
 
 
 @pytest.mark.slow
 def test_images_of_both_sides():
     pytest.importorskip("torch")
     starts = {image.MEGJAX: image.image_process.start, image.EAGER: image.torch_image.start}
-    rows, missing, notes = image.run("scenes", 1, 2, 1, True, compiled=False)
+    rows, missing, notes = image.run("scenes", (1,), 2, 1, True, compiled=False)
     rows = {row["implementation"]: row for row in rows}
     assert set(rows) >= set(starts) and set(missing) <= {"flax_diffusers"}
     ours = rows[image.MEGJAX]
@@ -166,6 +166,26 @@ def test_the_table_of_aims():
     assert "| image | from the cache | - | ready in 20.0 s | 15 s | **no** | chip |" in table
     assert "| image | compilation | - | ready in 100.0 s | 120 s | yes | chip |" in table
     assert summary.table([result | {"stage": "layers"}]) == ""
+
+
+def test_aims_on_a_gpu_are_of_every_batch():
+    """Next to torch.compile, and to the products of matrices from eight guided images on."""
+    seconds = {"megjax": 1.0, summary.EAGER: 4.0, summary.COMPILED: 1.2}
+    rows = [
+        {"case": "U-Net", "batch": batch, "implementation": name, "flops_per_second": 1 / value, "share_of_matmul": 0.5}
+        for batch in (2, 16)
+        for name, value in seconds.items()
+    ]
+    result = {"stage": "diffusion", "device": "chip", "platform": "gpu", "rows": rows}
+    table = summary.table([result]).splitlines()[2:]
+    of = "| diffusion | a call of the U-Net, batch"
+    assert table == [
+        f"{of} 2 | PyTorch, eager | 4.00 times as fast | - | - | chip |",
+        f"{of} 2 | PyTorch, torch.compile | 1.20 times as fast | 1 times | yes | chip |",
+        f"{of} 16 | PyTorch, eager | 4.00 times as fast | - | - | chip |",
+        f"{of} 16 | PyTorch, torch.compile | 1.20 times as fast | 1 times | yes | chip |",
+        f"{of} 16 | matmul | 50 % | 55 % | **no** | chip |",
+    ]
 
 
 def test_all_runs_every_stage_and_names_those_that_fail(monkeypatch):
