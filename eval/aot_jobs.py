@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -120,7 +121,8 @@ class Jobs:
         self.split = NamedSharding(mesh, PartitionSpec(_SPLIT))
         side = self.configs.unet.sample_size
         self.latent_shape = (side, side, self.configs.unet.in_channels)
-        self.more = max(1, REFERENCE_PIXELS // (side * self.configs.vae.downsample) ** 2)
+        pixels = (side * self.configs.vae.downsample) ** 2
+        self.more = max(1, REFERENCE_PIXELS // pixels) / 2 ** math.ceil(max(0.0, math.log2(pixels / REFERENCE_PIXELS)))
 
     def make(self, job: str) -> Program:
         """The program of a job; ValueError for another name."""
@@ -281,7 +283,7 @@ class Jobs:
 
     def _count(self, job: str) -> int:
         """Images of one call over all devices."""
-        return getattr(self.config.batch, job) * self.more * self.mesh.size
+        return max(1, int(getattr(self.config.batch, job) * self.more)) * self.mesh.size
 
     def _key(self) -> jax.ShapeDtypeStruct:
         return shapes_of(jax.eval_shape(lambda: jax.random.key(0)), self.everywhere)

@@ -172,8 +172,8 @@ def attend(
     """Multi-head scaled dot-product attention (Vaswani et al. 2017, eq. 1), softmax in float32.
 
     `upcast` also computes the logits from float32 queries and keys, as checkpoints with `upcast_attention` ask. Where
-    the logits of one head are many, a CPU takes the heads one by one and the queries in parts. A GPU has cuDNN's fused
-    attention in half precision.
+    the logits of one head are many, a CPU takes the heads one by one and the queries in parts; where float32 logits of
+    all heads are many, everything else takes the queries in parts. A GPU has cuDNN's fused attention in half precision.
     """
     dtype = value.dtype
     if upcast:
@@ -191,6 +191,8 @@ def attend(
 MANY_LOGITS = 2**18
 """Logits of one head, 1 MiB of float32, from which on a CPU computes attention in parts that stay in its caches."""
 _LOGITS_OF_A_PART = 2**21
+LOGITS_AT_ONCE = 2**28
+"""Float32 logits of all heads, 1 GiB, that are made at once where heads are not taken one by one."""
 
 
 def _attend_whole(query, key, value):
@@ -198,7 +200,16 @@ def _attend_whole(query, key, value):
         # Which shapes and GPUs cuDNN knows only it can tell.
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
             return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-    return jax.nn.dot_product_attention(query, key, value)
+    batch, queries, heads, size = query.shape
+    part = max(1, LOGITS_AT_ONCE // (batch * heads * key.shape[1]))
+    if query.dtype != jnp.float32 or part >= queries:
+        return jax.nn.dot_product_attention(query, key, value)
+    count = -(-queries // part)
+    parts = jnp.pad(query, ((0, 0), (0, count * part - queries), (0, 0), (0, 0)))
+    parts = parts.reshape(batch, count, part, heads, size).swapaxes(0, 1)
+    # Gradients make the logits again: kept, they would be as many as those of all queries.
+    attended = jax.lax.map(jax.checkpoint(lambda of: jax.nn.dot_product_attention(of, key, value)), parts)
+    return attended.swapaxes(0, 1).reshape(batch, -1, heads, size)[:, :queries]
 
 
 def _attend_in_parts(query, key, value):

@@ -204,6 +204,18 @@ def test_other_sizes_are_taken_as_they_are():
     np.testing.assert_allclose(up(x, (6, 6)), up(x), rtol=1e-6)
 
 
+@pytest.mark.parametrize("part", [1, 3, 7])
+def test_attention_of_float32_by_parts_of_queries(monkeypatch, part):
+    """The last part is short; half precision is left to the compiler."""
+    args = arrays(12, (2, 7, 3, 4), (2, 5, 3, 4), (2, 5, 3, 4))
+    plain, parts = jax.nn.dot_product_attention, layers._attend_whole
+    monkeypatch.setattr(layers, "LOGITS_AT_ONCE", part * 2 * 3 * 5)
+    assert ("while" in jax.jit(lambda *args: parts(*args)).lower(*args).as_text()) == (part < 7)
+    assert max(both(plain, parts, *args)) < 1e-5
+    half = [x.astype(jnp.bfloat16) for x in args]
+    assert "while" not in jax.jit(lambda *args: parts(*args)).lower(*half).as_text()
+
+
 @pytest.mark.parametrize(("queries", "keys", "of_a_part"), [(600, 512, 2**17), (1030, 300, 2**17), (4, 2**17, 2**19)])
 def test_attention_in_parts(monkeypatch, queries, keys, of_a_part):
     """Also with a last part that is not full, and with gradients."""
