@@ -89,13 +89,14 @@ figures: .venv/run.stamp
 	$(BIN)/python -m eval.figures --sweeps $(FIGURES) --output $(if $(QUICK),$(FIGURES),docs)
 
 # Speed of every stage on this machine, three hours on two cores; `make peers` and `make peer-flax` first to see other
-# software beside it. GPU=1 adds larger batches; QUICK=1 tries every line at small sizes, in outputs/quick/benchmarks.
+# software beside it. GPU=1 adds larger batches; QUICK=1 tries every stage, most at small
+# sizes, in outputs/quick/benchmarks.
 ON_GPU := --unet-batches 2 16 --image-batches 1 8
 SMALL := --folder outputs/quick/benchmarks --model scenes --batches 256 --envs 64 --gap-updates 0 --captions 50 \
   --image-steps 2 --images 2 --realisations 20 --receptions 10
 benchmark: .venv/run.stamp
 	$(BIN)/python -m eval.benchmark all --rounds 3 --steps $(if $(QUICK),2,25) $(if $(GPU),$(ON_GPU)) $(if $(QUICK),$(SMALL))
-	$(if $(QUICK),,$(BIN)/python -m eval.benchmark tables)
+	$(BIN)/python -m eval.benchmark tables $(if $(QUICK),$(SMALL))
 
 # Every job compiled for every TPU topology of tpu_configs/ on this machine, no TPU needed: an hour and a half on two cores.
 # What benchmarks/aot/ holds already is only traced, so this can be stopped and started again.

@@ -23,8 +23,9 @@ without one, from shapes alone, and XLA's analysis of the compiled program was r
 - Compiled with XLA's least effort for fast programs (`--effort -1`), which takes a fraction of the time; what XLA's own
   effort makes of the same jobs, where that was tried, has a table of its own.
 - Batches are those of the files in [tpu_configs](../tpu_configs/README.md); `generate` makes 512x512 images (64x64 with
-  the bundled model) in 25 guided steps from token ids to pixels, `ldm`, `codec` and `power` are one training step,
-  `sweep` takes latents through codec, Rayleigh fading and decoders at a rate of 4.
+  the bundled model, as many more; 768x768 with Stable Diffusion 2.1, a quarter as many) in 25 guided steps from token
+  ids to pixels, `ldm`, `codec` and `power` are one training step, `sweep` takes latents through codec, Rayleigh fading
+  and decoders at a rate of 4.
 """
 HEADER = (
     "| job | model | topology | per call | arguments | temporaries | code | HBM | TFLOP | GB | sent "

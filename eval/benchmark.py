@@ -1,6 +1,7 @@
 """Measure how fast a stage of the library runs on this machine, next to its peers, and write the tables of the docs."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -94,7 +95,7 @@ class Arguments:
     "image" (from token ids to pixels), "layers" (ways to compute them), "limits" (operations and bytes a second next
     to the machine's), "power" (rollouts and PPO), "profile" (the largest costs), "scaling" (with batch, size and
     steps), "startup" (to the first image), "system" (images received a second), "all" of them one after the other, or
-    "tables": docs/benchmarks.md from files under --folder."""
+    "tables": docs/benchmarks.md from the files under benchmarks/, or the same page of another --folder, in it."""
     batches: tuple[int, ...] = (4_096, 65_536)
     """Realisations at a time; TDL and the ways to draw Gaussian numbers run at the smallest only. Rollouts of power."""
     preset: Literal["scenes", "tiny"] = "scenes"
@@ -164,7 +165,8 @@ def run(args: Arguments) -> None:
     require(fits, "--envs", args.envs, f"multiples of {power.SHAPE['minibatches']}, the minibatches")
     require(args.captions % guidance.BATCH == 0, "--captions", args.captions, f"a multiple of {guidance.BATCH}")
     if args.stage == "tables":
-        write_tables(args.folder, ROOT / "docs" / "benchmarks.md")
+        default = args.folder.resolve() == ROOT / "benchmarks"
+        write_tables(args.folder, ROOT / "docs" / "benchmarks.md" if default else args.folder / "benchmarks.md")
         return
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
@@ -282,6 +284,8 @@ def write_tables(folder: Path, path: Path) -> None:
 
 def main() -> None:
     def body() -> None:
+        # Each process of a stage needs its share of a GPU's memory, of which JAX would take most at the first use.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         args = tyro.cli(Arguments, description=__doc__)
         if args.stage == "all":
             run_all(args, [word for word in sys.argv[1:] if word != "all"])

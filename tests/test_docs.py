@@ -15,13 +15,10 @@ SNIPPETS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        *(f"docs/{name}.md" for name in ("architecture", "channel", "codec", "power", "system", "tutorial")),
-    ],
-)
+PAGES = ("architecture", "channel", "codec", "performance", "power", "system", "tutorial")
+
+
+@pytest.mark.parametrize("page", ["README.md", "tpu_configs/README.md", *(f"docs/{name}.md" for name in PAGES)])
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
     assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []

@@ -86,12 +86,13 @@ def contender(name: str, fn: Callable, args: tuple[jax.Array, ...]) -> Contender
 def cells(row) -> list[str]:
     """One line of the table."""
     low, high = row.seconds_quartiles
+    size = getattr(row, "temporary_bytes", None)
     return [
         row.implementation,
         f"{1e3 * row.seconds:.3g} [{1e3 * low:.3g}, {1e3 * high:.3g}]",
         f"{row.flops_per_second / 1e12:.3f}",
         f"{row.ratio_to_first:.2f}",
-        f"{row.temporary_bytes / 2**20:,.0f}",
+        "-" if size is None else f"{size / 2**20:,.0f}",
     ]
 
 
@@ -152,7 +153,8 @@ def decoder_cases(dtype: Any, decoder: Sequence[tuple[int, int]]) -> Iterator[Ca
 
         def whole(x, params, graph=graph, way=layers._convolve):
             norm, conv = nnx.merge(graph, params)
-            return way(nnx.silu(norm(x)), conv.kernel[...]) + conv.bias[...][None, None, None]
+            kernel, bias = (value[...].astype(x.dtype) for value in (conv.kernel, conv.bias))
+            return way(nnx.silu(norm(x)), kernel) + bias[None, None, None]
 
         def taken(x, params, graph=graph):
             return layers.norm_silu_conv(*nnx.merge(graph, params), x)

@@ -208,12 +208,36 @@ def test_other_sizes_are_taken_as_they_are():
 def test_attention_of_float32_by_parts_of_queries(monkeypatch, part):
     """The last part is short; half precision is left to the compiler."""
     args = arrays(12, (2, 7, 3, 4), (2, 5, 3, 4), (2, 5, 3, 4))
-    plain, parts = jax.nn.dot_product_attention, layers._attend_whole
+    plain, parts = jax.nn.dot_product_attention, lambda *args: layers._attend_whole(*args)  # never traced before
     monkeypatch.setattr(layers, "LOGITS_AT_ONCE", part * 2 * 3 * 5)
-    assert ("while" in jax.jit(lambda *args: parts(*args)).lower(*args).as_text()) == (part < 7)
+    assert ("while" in jax.jit(parts).lower(*args).as_text()) == (part < 7)
     assert max(both(plain, parts, *args)) < 1e-5
     half = [x.astype(jnp.bfloat16) for x in args]
-    assert "while" not in jax.jit(lambda *args: parts(*args)).lower(*half).as_text()
+    assert "while" not in jax.jit(parts).lower(*half).as_text()
+
+
+def test_upcast_attention_of_a_tpu_goes_by_parts(monkeypatch):
+    """As in Stable Diffusion 2.1, whose half-precision features ask for float32 logits."""
+    monkeypatch.setattr(layers, "LOGITS_AT_ONCE", 2 * 2 * 600)
+    x = jax.ShapeDtypeStruct((1, 600, 8), jnp.bfloat16)
+    for upcast in (False, True):
+        attend = jax.jit(partial(layers.attend, num_heads=2, upcast=upcast))
+        text = attend.trace(x, x, x).lower(lowering_platforms=("tpu",)).as_text()
+        assert ("while" in text) == upcast
+
+
+def test_winograd_is_traced_once_a_shape(monkeypatch):
+    traced, stack = [], layers.winograd.__wrapped__
+
+    def count(x, kernel, pad_rows=True):
+        traced.append(x.shape)
+        return stack(x, kernel, pad_rows)
+
+    counted = jax.jit(count, static_argnames="pad_rows")
+    monkeypatch.setattr(layers, "winograd", counted)
+    x, kernel = arrays(13, (1, 4, 4, 256), (3, 3, 256, 256))
+    program = jax.jit(lambda x, kernel: layers.conv3x3(layers.conv3x3(x, kernel), kernel)).lower(x, kernel)
+    assert len(traced) == 1 and program.as_text().count("call @count") == 2
 
 
 @pytest.mark.parametrize(("queries", "keys", "of_a_part"), [(600, 512, 2**17), (1030, 300, 2**17), (4, 2**17, 2**19)])

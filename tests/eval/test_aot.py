@@ -50,6 +50,14 @@ def test_jobs_of_the_bundled_model_lower(job):
     assert "func.func public @main" in program.lower().as_text()
 
 
+@pytest.mark.parametrize(("model", "images"), [("sd15", 32), ("sd21", 8), ("scenes", 2048)])
+def test_batches_follow_the_size_of_images(model, images):
+    """512x512, 768x768 and 64x64; the file's batch is for the first."""
+    config = TpuConfig.from_file(FOLDER / "v5e-8.json")
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
+    assert config.batch.generate == 32 and aot_jobs.Jobs(config, mesh, model)._count("generate") == images
+
+
 def test_unknown_names(tmp_path):
     with pytest.raises(ValueError, match="--job is 'paint'"):
         aot.run(aot.Arguments(job="paint", output=tmp_path))

@@ -22,7 +22,8 @@ def printed(stage, rows):
     return cells
 
 
-def test_layers():
+def test_layers(monkeypatch):
+    monkeypatch.setattr(layer_choices.layers.strips, "MANY_ELEMENTS", 1)
     rows, missing, _ = layer_choices.run(1, 3, ((8, 4),), ((8, 4),), ((16, 2, 4),), ((32, 8),))
     assert not missing and len(rows) == 5 + 4 + 3 + 3
     assert [row["ratio_to_first"] for row in rows if row["implementation"] == layer_choices.FIRST] == [1, 1, 1, 1]
@@ -186,6 +187,32 @@ def test_aims_on_a_gpu_are_of_every_batch():
         f"{of} 16 | PyTorch, torch.compile | 1.20 times as fast | 1 times | yes | chip |",
         f"{of} 16 | matmul | 50 % | 55 % | **no** | chip |",
     ]
+
+
+def test_without_a_figure_of_megjax_there_is_no_line():
+    rows = [{"case": "image", "batch": 8, "implementation": summary.EAGER, "seconds": 3.0}]
+    assert summary.table([{"stage": "image", "device": "chip", "platform": "gpu", "rows": rows}]) == ""
+
+
+def test_images_of_several_batches(monkeypatch):
+    asked = []
+
+    def measure(starts, rounds):
+        asked.append(starts[image.MEGJAX].args[0]["batch"])
+        sample = {"compile_s": 2.0, "seconds": 3.0, "peak_bytes": 1, "temporary_bytes": 1}
+        return {image.MEGJAX: [sample, {**sample, "compile_s": 1.0}]}, []
+
+    monkeypatch.setattr(image, "measure", measure)
+    rows, missing, _ = image.run("scenes", (1, 8), 2, 1, False)
+    assert asked == [1, 8] and not missing
+    assert [(row["batch"], row["seconds"], row["cached_s"]) for row in rows] == [(1, 3.0, 1.0), (8, 3.0 / 8, 1.0)]
+    result = {"stage": "image", "device": "chip", "platform": "gpu", "rows": rows}
+    assert "| image | from the cache, batch 8 | - | ready in 1.0 s | 15 s | yes | chip |" in summary.table([result])
+
+
+def test_the_page_is_that_of_the_files(tmp_path):
+    benchmark.write_tables(benchmark.ROOT / "benchmarks", tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == (benchmark.ROOT / "docs" / "benchmarks.md").read_text()
 
 
 def test_all_runs_every_stage_and_names_those_that_fail(monkeypatch):
