@@ -201,7 +201,7 @@ def _attend_whole(query, key, value):
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
             return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     batch, queries, heads, size = query.shape
-    part = max(1, LOGITS_AT_ONCE // (batch * heads * key.shape[1]))
+    part = max(1, LOGITS_AT_ONCE // max(1, batch * heads * key.shape[1]))
     if query.dtype != jnp.float32 or part >= queries:
         return jax.nn.dot_product_attention(query, key, value)
     count = -(-queries // part)
