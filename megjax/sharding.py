@@ -4,6 +4,8 @@ import dataclasses
 import math
 import os
 import re
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -274,6 +276,7 @@ def start_processes(
     if found is None or jax.distributed.is_initialized():
         return found
     method = "deactivate" if found.found_by == "address" else None
+    before = signal.getsignal(signal.SIGTERM)
     try:
         jax.distributed.initialize(
             found.coordinator_address,
@@ -284,4 +287,7 @@ def start_processes(
         )
     except RuntimeError as error:
         raise ValueError(f"cannot join the other processes: {str(error).splitlines()[0]}") from error
+    if threading.current_thread() is threading.main_thread():
+        # JAX's preemption service would note a SIGTERM and let the process go on, wherever it is.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
     return found
