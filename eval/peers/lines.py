@@ -42,13 +42,16 @@ class Served:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            raise RuntimeError(f"{' '.join(self._command)} ended with code {self._process.wait()}")
+            self.close()
+            raise RuntimeError(f"{' '.join(self._command)} ended with code {self._process.returncode}")
         return json.loads(answer)
 
     def close(self) -> None:
         """End the other process."""
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what it was asked last may not have reached it
+            self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
 
 def serve(make: Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[[], Any], Callable[[], int] | None]]) -> None:
