@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 
-.PHONY: install peers peer-flax tpu demo channel codec power figures benchmark aot quality test test-slow lint format clean
+.PHONY: install peers peer-flax tpu demo channel codec power figures benchmark aot quality test test-all coverage lint format clean
 
 # Everything: the library, what tests and linting need, and the tools of the README.
 install: .venv/test.stamp
@@ -106,14 +106,23 @@ aot: .venv/tpu.stamp
 quality: .venv/run.stamp
 	$(BIN)/python -m eval.quality
 
-# With `make tpu` before it, programs are compiled for TPUs too.
-test test-slow: export PYTHONPATH := $(if $(wildcard .venv/libtpu),$(CURDIR)/.venv/libtpu)
+PYTEST := -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
+# Units, contracts and fast parity: what a change should be tried with every time.
 test: .venv/test.stamp
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python $(PYTEST) -m "not slow"
 
-test-slow: .venv/test.stamp
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --runslow
+# Everything: also what starts processes, compiles for TPUs, or needs many samples.
+test-all coverage: export PYTHONPATH := $(CURDIR)/.venv/libtpu
+test-all: .venv/test.stamp .venv/tpu.stamp
+	$(BIN)/python $(PYTEST)
+
+# Lines and branches of megjax/ that the tests run, those in other processes included; QUICK=1: by `make test`.
+coverage: .venv/test.stamp .venv/tpu.stamp
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run $(PYTEST) $(if $(QUICK),-m "not slow")
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --skip-covered
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .

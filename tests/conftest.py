@@ -1,19 +1,24 @@
-"""Strict checks for every test: rank promotion, key reuse and array shapes; slow tests only with --runslow."""
+"""What holds for every test: strict checks of JAX and of shapes, programs compiled once, no process left behind."""
 
 import os
+import signal
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # as there is a process a core, PyTorch's threads would wait for each other
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 # Held for the whole session: modules of megjax imported from here on check their jaxtyping annotations when called.
 SHAPE_CHECKS = install_import_hook("megjax", "beartype.beartype")
+pytest.register_assert_rewrite("tests.checks", "tests.processes")
 
-
-def pytest_addoption(parser):
-    parser.addoption("--runslow", action="store_true", help="also run the tests marked slow")
+from tests import checks  # noqa: E402 (rewritten, hence after the line above)
+from tests.processes import Processes, adopt_orphans, child_processes, end_children_but  # noqa: E402
 
 
 def share_compiled_programs(config):
@@ -30,19 +35,65 @@ def share_compiled_programs(config):
 
 def pytest_configure(config):
     share_compiled_programs(config)
-    config.addinivalue_line("markers", "slow: takes minutes; runs only with --runslow")
+    adopt_orphans()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the tests as Ctrl-C does, what they started first
     jax.config.update("jax_numpy_rank_promotion", "raise")
     if hasattr(jax.config, "jax_debug_key_reuse"):  # experimental: not promised by every JAX
         jax.config.update("jax_debug_key_reuse", True)
 
 
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(items):
     # The longest files are at the top level, the shortest in the first folders: so that processes end together.
     order = {path: i for i, path in enumerate(dict.fromkeys(item.path for item in items))}
     items.sort(key=lambda item: -order[item.path])
-    if config.getoption("--runslow"):
-        return
-    slow = [item for item in items if "slow" in item.keywords]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if "slow" not in item.keywords]
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    known = child_processes()
+    yield
+    assert not end_children_but(known), "the test has left processes, which were ended"
+
+
+@pytest.fixture
+def processes(tmp_path):
+    """Starts processes, which end with the test."""
+    with Processes(tmp_path / "processes") as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of `models.write_model`."""
+    from tests import models  # imports the whole library
+
+    return models.write_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_codec(tmp_path_factory):
+    """Folder of `models.write_codec`."""
+    from tests import models
+
+    return models.write_codec(tmp_path_factory.mktemp("codec"))
+
+
+@pytest.fixture
+def unchecked():
+    """`checks.unchecked` for one test: annotations would hide the project's own errors."""
+    with checks.unchecked():
+        yield
+
+
+@pytest.fixture(scope="module")
+def module_unchecked():
+    """`checks.unchecked` for the tests and fixtures of a module whose large programs are only timed or compared."""
+    with checks.unchecked():
+        yield
+
+
+@pytest.fixture(scope="module")
+def fast_compile():
+    """`checks.fast_compile` for the tests and fixtures of a module."""
+    with checks.fast_compile():
+        yield

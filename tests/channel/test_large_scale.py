@@ -1,10 +1,11 @@
 """Tests of the TR 38.901 large-scale model against hand-computed values and of the statistics of a drop of users."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
 
 from megjax.channel.large_scale import (
     Cell,
@@ -14,23 +15,22 @@ from megjax.channel.large_scale import (
     path_loss_db,
     shadowing_std_db,
 )
+from tests.checks import NUM_DISTRIBUTION, STANDARD_ERRORS, check_distribution, within_standard_error
 
-NUM = 200_000
-FOUR_SIGMA = 4.0
-FOUR_SIGMA_PROBABILITY = 2 * stats.norm.sf(FOUR_SIGMA)
+pytestmark = pytest.mark.usefixtures("fast_compile")
+NUM = 2**17
 ROUNDING_DB = 1e-4
 """A few float32 steps of values near 130 dB (1.5e-5 each)."""
+HEIGHTS = {"uma": 25.0, "umi": 10.0}
+PATH_LOSS = jax.jit(path_loss_db, static_argnums=0)
+LOS_PROBABILITY = jax.jit(los_probability, static_argnums=0)
+DROP = jax.jit(lambda cell, key, num: cell.drop(key, num), static_argnums=2)
 
 
-def within_standard_error(samples, expected):
-    samples = np.asarray(samples, np.float64).reshape(-1)
-    error = abs(samples.mean() - expected)
-    assert error <= FOUR_SIGMA * samples.std(ddof=1) / np.sqrt(samples.size), (samples.mean(), expected)
-
-
-@pytest.fixture(scope="module")
-def drop():
-    return jax.tree.map(np.asarray, Cell("uma", radius_m=400.0).drop(jax.random.key(0), NUM))
+@functools.cache
+def drop(scenario):
+    cell = {"uma": Cell("uma", radius_m=400.0), "umi": Cell("umi", radius_m=300.0)}[scenario]
+    return jax.tree.map(np.asarray, DROP(cell, jax.random.key(0), NUM))
 
 
 # Logarithms to base 10, distances in m, frequencies in GHz; log 3.5 = 0.544068, log 28 = 1.447158.
@@ -57,29 +57,29 @@ def drop():
     ],
 )
 def test_path_loss_by_hand(scenario, distance, frequency, h_ut, los, expected):
-    h_bs = {"uma": 25.0, "umi": 10.0}[scenario]
-    loss = path_loss_db(scenario, distance, frequency, h_bs, h_ut, los)
+    loss = PATH_LOSS(scenario, distance, frequency, HEIGHTS[scenario], h_ut, los)
     assert loss.shape == () and loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, expected, atol=ROUNDING_DB)
 
 
-@pytest.mark.parametrize(("scenario", "h_bs", "breakpoint_m"), [("uma", 25.0, 560.0), ("umi", 10.0, 210.0)])
-def test_slopes_meet_at_the_breakpoint_and_differ_around_it(scenario, h_bs, breakpoint_m):
+@pytest.mark.parametrize(("scenario", "breakpoint_m", "ratio"), [("uma", 560.0, 40 / 22), ("umi", 210.0, 40 / 21)])
+def test_slopes_meet_at_the_breakpoint_and_differ_around_it(scenario, breakpoint_m, ratio):
+    def loss(distance):
+        return path_loss_db(scenario, distance, 3.5e9, HEIGHTS[scenario], 1.5, True)
+
     step = 0.01
-    distance = breakpoint_m + step * jnp.array([-1.0, 1.0])
-    below, above = path_loss_db(scenario, distance, 3.5e9, h_bs, 1.5, True)
+    (below, above), slope = jax.jit(jax.vmap(jax.value_and_grad(loss)))(breakpoint_m + step * np.float32([-1, 1]))
     # At most 40 dB a decade over the step of 2 * 0.01 m.
     assert abs(above - below) <= 40 * np.log10(1 + 2 * step / breakpoint_m) + ROUNDING_DB
-    slope = jax.vmap(jax.grad(lambda d: path_loss_db(scenario, d, 3.5e9, h_bs, 1.5, True)))(distance)
-    ratio = {"uma": 40 / 22, "umi": 40 / 21}[scenario]
     np.testing.assert_allclose(slope[1] / slope[0], ratio, rtol=1e-3)
 
 
 def test_loss_out_of_sight_is_never_below_that_in_sight():
-    distance = jnp.linspace(10.0, 5000.0, 2000)
-    for scenario, h_bs in (("uma", 25.0), ("umi", 10.0)):
+    distance = np.linspace(10.0, 5000.0, 2000, dtype=np.float32)
+    for scenario, h_bs in HEIGHTS.items():
         for frequency in (0.5e9, 3.5e9, 100e9):
-            seen, blocked = (path_loss_db(scenario, distance, frequency, h_bs, 1.5, los) for los in (True, False))
+            lines = (np.full(2000, los) for los in (True, False))
+            seen, blocked = (PATH_LOSS(scenario, distance, frequency, h_bs, 1.5, los) for los in lines)
             assert np.all(blocked >= seen) and np.all(np.diff(seen) > 0)
 
 
@@ -87,22 +87,22 @@ def test_environment_height_moves_the_breakpoint():
     # h_ut = 20, h_E = 12: 4 * 13 * 8 * 1e9 / 3e8 = 1386.7 m instead of 4 * 24 * 19 * 1e9 / 3e8 = 6080 m, so at 3 km
     # d3D^2 = 9000025, log 6.954244; 1386.667^2 + 25 = 1922869.4, log 6.283950:
     # 28 + 20 * 6.954244 + 0 - 9 * 6.283950 = 28 + 139.0849 - 56.5555; without, 28 + 11 * 6.954244
-    np.testing.assert_allclose(path_loss_db("uma", 3e3, 1e9, 25.0, 20.0, True, 12.0), 110.5293, atol=ROUNDING_DB)
-    np.testing.assert_allclose(path_loss_db("uma", 3e3, 1e9, 25.0, 20.0, True), 104.4967, atol=ROUNDING_DB)
+    np.testing.assert_allclose(PATH_LOSS("uma", 3e3, 1e9, 25.0, 20.0, True, 12.0), 110.5293, atol=ROUNDING_DB)
+    np.testing.assert_allclose(PATH_LOSS("uma", 3e3, 1e9, 25.0, 20.0, True), 104.4967, atol=ROUNDING_DB)
 
 
 def test_los_probability_by_hand():
     # 18/100 + exp(-100/63) (1 - 18/100) = 0.18 + 0.204477 * 0.82
-    np.testing.assert_allclose(los_probability("uma", 100.0), 0.347671, rtol=1e-5)
+    np.testing.assert_allclose(LOS_PROBABILITY("uma", 100.0), 0.347671, rtol=1e-5)
     # 0.18 + exp(-100/36) 0.82 = 0.18 + 0.0621765 * 0.82
-    np.testing.assert_allclose(los_probability("umi", 100.0), 0.230985, rtol=1e-5)
+    np.testing.assert_allclose(LOS_PROBABILITY("umi", 100.0), 0.230985, rtol=1e-5)
     # C' = 0.95^1.5 = 0.925945; 1 + 0.925945 * 5/4 * 1 * exp(-100/150) = 1 + 0.925945 * 1.25 * 0.513417 = 1.594245
-    np.testing.assert_allclose(los_probability("uma", 100.0, 22.5), 0.347671 * 1.594245, rtol=1e-5)
-    near = jnp.array([1.0, 10.0, 18.0])
-    for scenario in ("uma", "umi"):
-        np.testing.assert_array_equal(los_probability(scenario, near, 22.5), np.ones(3))
-        far = los_probability(scenario, jnp.linspace(18.01, 5000.0, 5000), 22.5)
-        assert np.all((far > 0) & (far <= 1))
+    np.testing.assert_allclose(LOS_PROBABILITY("uma", 100.0, 22.5), 0.347671 * 1.594245, rtol=1e-5)
+    distance = np.concatenate([[1.0, 10.0, 18.0], np.linspace(18.01, 5000.0, 5000)]).astype(np.float32)
+    for scenario in HEIGHTS:
+        probability = np.asarray(LOS_PROBABILITY(scenario, distance, 22.5))
+        np.testing.assert_array_equal(probability[:3], 1)
+        assert np.all((probability > 0) & (probability <= 1))
 
 
 def test_noise_power_by_hand():
@@ -120,90 +120,95 @@ def test_building_loss_by_hand():
     np.testing.assert_allclose(building_loss_db("high", 3.5e9, 0.0), 26.84979, atol=ROUNDING_DB)
 
 
-def test_drop_shapes_and_link_budget(drop):
-    assert all(array.shape == (NUM,) for array in drop)
-    assert [array.dtype for array in drop] == [np.float32, np.bool_, np.float32, np.float32, np.float32]
+def test_drop_shapes_and_link_budget():
+    users = drop("uma")
+    assert all(array.shape == (NUM,) for array in users)
+    assert [array.dtype for array in users] == [np.float32, np.bool_, np.float32, np.float32, np.float32]
     # 46 dBm - (-91.9649 dBm) = 137.9649 dB
-    np.testing.assert_allclose(drop.snr_db, 137.9649 - drop.path_loss_db - drop.shadowing_db, atol=ROUNDING_DB)
-    expected = path_loss_db("uma", np.clip(drop.distance_m, 35, 400), 3.5e9, 25.0, 1.5, drop.los)
-    np.testing.assert_allclose(drop.path_loss_db, expected, atol=ROUNDING_DB)
+    np.testing.assert_allclose(users.snr_db, 137.9649 - users.path_loss_db - users.shadowing_db, atol=ROUNDING_DB)
+    some = slice(2000)
+    expected = PATH_LOSS("uma", np.clip(users.distance_m[some], 35, 400), 3.5e9, 25.0, 1.5, users.los[some])
+    np.testing.assert_allclose(users.path_loss_db[some], expected, atol=ROUNDING_DB)
 
 
-def test_users_are_uniform_over_the_area(drop):
-    area = (drop.distance_m.astype(np.float64) ** 2 - 35**2) / (400**2 - 35**2)
-    assert stats.kstest(area, "uniform").pvalue > FOUR_SIGMA_PROBABILITY
+def test_users_are_uniform_over_the_area():
+    check_distribution((drop("uma").distance_m.astype(np.float64) ** 2 - 35**2) / (400**2 - 35**2), "uniform")
 
 
-@pytest.mark.parametrize("scenario", ["uma", "umi"])
+@pytest.mark.parametrize("scenario", ["uma", pytest.param("umi", marks=pytest.mark.slow)])
 def test_los_statistics_of_a_drop(scenario):
-    users = Cell(scenario, radius_m=300.0).drop(jax.random.key(1), NUM)
-    probability = np.asarray(los_probability(scenario, users.distance_m), np.float64)
-    near = np.asarray(users.distance_m) < 120
+    users = drop(scenario)
+    probability = np.asarray(LOS_PROBABILITY(scenario, users.distance_m), np.float64)
+    near = users.distance_m < 120
     for some in (near, ~near):
-        excess = np.asarray(users.los)[some] - probability[some]
-        assert abs(excess.sum()) <= FOUR_SIGMA * np.sqrt(np.sum(probability[some] * (1 - probability[some])))
+        excess = users.los[some] - probability[some]
+        assert abs(excess.sum()) <= STANDARD_ERRORS * np.sqrt(np.sum(probability[some] * (1 - probability[some])))
 
 
-@pytest.mark.parametrize(("scenario", "blocked_std"), [("uma", 6.0), ("umi", 7.82)])
+@pytest.mark.parametrize(("scenario", "blocked_std"), [("uma", 6.0), pytest.param("umi", 7.82, marks=pytest.mark.slow)])
 def test_shadowing_is_normal_with_the_tabulated_deviation(scenario, blocked_std):
     np.testing.assert_array_equal(shadowing_std_db(scenario, jnp.array([True, False])), np.float32([4, blocked_std]))
-    users = Cell(scenario).drop(jax.random.key(2), NUM)
-    shadowing, los = np.asarray(users.shadowing_db), np.asarray(users.los)
-    for some, std in ((los, 4.0), (~los, blocked_std)):
-        within_standard_error(shadowing[some], 0.0)
-        within_standard_error(shadowing[some] ** 2, std**2)
-        assert stats.kstest(shadowing[some] / std, "norm").pvalue > FOUR_SIGMA_PROBABILITY
+    users = drop(scenario)
+    std = np.where(users.los, 4.0, blocked_std)
+    for some in (users.los, ~users.los):
+        within_standard_error(users.shadowing_db[some], 0.0)
+        within_standard_error((users.shadowing_db[some] / std[some]) ** 2, 1.0)
+    check_distribution(users.shadowing_db / std, "norm")
 
 
+@pytest.mark.slow
 def test_high_uma_users_draw_their_environment_height():
     # h_ut = 22.5: h_E is 1 with probability 1 / (1 + C), else 12, 15, 18 or 21. At 0.5 GHz the breakpoints 4 (25 - h_E)
-    # (22.5 - h_E) 0.5e9 / 3e8 are 3440, 910, 500, 210 and 40 m: a narrow annulus around 2 km tells them all apart.
-    cell = Cell("uma", 2000.1, 0.5e9, h_ut_m=22.5, min_distance_m=2000.0)
-    users = jax.tree.map(np.asarray, cell.drop(jax.random.key(3), NUM))
-    losses = [float(path_loss_db("uma", 2000.05, 0.5e9, 25.0, 22.5, True, h)) for h in (1.0, 12.0, 15.0, 18.0, 21.0)]
-    # C = 0.925945 * 1.25 * 20^3 * exp(-2000 / 150), the last two 8000 * 1.622e-6 = 0.012975, so C = 0.015018
-    rise = 0.925945 * 1.25 * 20**3 * np.exp(-2000 / 150)
+    # (22.5 - h_E) 0.5e9 / 3e8 are 3440, 910, 500, 210 and 40 m: a narrow annulus around 1 km tells them all apart.
+    cell = Cell("uma", 1000.1, 0.5e9, h_ut_m=22.5, min_distance_m=1000.0)
+    users = jax.tree.map(np.asarray, DROP(cell, jax.random.key(3), NUM_DISTRIBUTION))
+    losses = [float(PATH_LOSS("uma", 1000.05, 0.5e9, 25.0, 22.5, True, h)) for h in (1.0, 12.0, 15.0, 18.0, 21.0)]
+    # C = 0.925945 * 1.25 * 10^3 * exp(-1000 / 150) = 1157.43 * 1.272634e-3 = 1.47299
+    rise = 0.925945 * 1.25 * 10**3 * np.exp(-1000 / 150)
     seen = users.path_loss_db[users.los]
     drawn = np.argmin(np.abs(seen[:, None] - np.array(losses)), axis=1)
     np.testing.assert_allclose(seen, np.array(losses)[drawn], atol=0.01)
     for index, expected in enumerate([1 / (1 + rise)] + 4 * [rise / (1 + rise) / 4]):
         error = np.sqrt(expected * (1 - expected) / seen.size)
-        assert abs(np.mean(drawn == index) - expected) <= FOUR_SIGMA * error
+        assert abs(np.mean(drawn == index) - expected) <= STANDARD_ERRORS * error < expected
 
 
+@pytest.mark.slow
 def test_drop_jit_vmap_and_loop_agree():
-    def cell(radius, power, frequency):
-        return Cell("umi", radius, frequency, power)
+    def sample(key, radius, frequency, power):
+        return Cell("umi", radius, frequency, power).drop(key, 6)
 
-    swept = (jnp.array([100.0, 250.0]), jnp.array([23.0, 30.0]), jnp.array([2e9, 28e9]))
+    swept = np.array([[100.0, 2e9, 23.0], [250.0, 28e9, 30.0]], np.float32)
     keys = jax.random.split(jax.random.key(4), 2)
-    mapped = jax.jit(jax.vmap(lambda key, *values: cell(*values).drop(key, 6)))(keys, *swept)
+    mapped = jax.jit(jax.vmap(sample))(keys, *swept.T)
     assert mapped.snr_db.shape == (2, 6)
+    one = jax.jit(sample)
     for i, key in enumerate(jax.random.split(jax.random.key(4), 2)):
-        one = cell(*(float(values[i]) for values in swept)).drop(key, 6)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=ROUNDING_DB), one, mapped_at(mapped, i)
-        )
+        for single, several in zip(one(key, *map(float, swept[i])), mapped, strict=True):
+            np.testing.assert_allclose(single, several[i], rtol=1e-5, atol=ROUNDING_DB)
 
 
-def mapped_at(tree, index):
-    return jax.tree.map(lambda leaf: leaf[index], tree)
-
-
+@pytest.mark.slow
 def test_path_loss_jit_and_vmap_agree_with_arrays():
-    distance, los = jnp.array([20.0, 150.0, 900.0]), jnp.array([True, False, True])
+    distance, los = np.float32([20.0, 150.0, 900.0]), np.array([True, False, True])
     array = path_loss_db("umi", distance, 6e9, 10.0, 1.5, los)
     mapped = jax.jit(jax.vmap(lambda d, seen: path_loss_db("umi", d, 6e9, 10.0, 1.5, seen)))(distance, los)
     np.testing.assert_allclose(mapped, array, atol=ROUNDING_DB)
 
 
+@pytest.mark.slow
 def test_gradients():
-    for scenario, h_bs in (("uma", 25.0), ("umi", 10.0)):
-        for los in (True, False):
-            grads = jax.grad(lambda d, f, s=scenario, h=h_bs, seen=los: path_loss_db(s, d, f, h, 1.5, seen), (0, 1))
-            by_distance, by_frequency = grads(700.0, 2e9)
-            assert by_distance > 0 and by_frequency > 0
-        slope = jax.grad(lambda d, s=scenario: los_probability(s, d, 1.5))(jnp.float32(100.0))
+    for scenario, h_bs in HEIGHTS.items():
+
+        def loss(distance, frequency, los, scenario=scenario, h_bs=h_bs):
+            return path_loss_db(scenario, distance, frequency, h_bs, 1.5, los)
+
+        def sight(distance, scenario=scenario):
+            return los_probability(scenario, distance, 1.5)
+
+        slopes = jax.jit(jax.vmap(jax.grad(loss, (0, 1)), (None, None, 0)))(700.0, 2e9, np.array([True, False]))
+        assert np.all(np.asarray(slopes) > 0)
+        slope = jax.jit(jax.grad(sight))(100.0)
         assert np.isfinite(slope) and slope < 0
     key = jax.random.key(5)
     model = Cell("uma", h_ut_m=15.0)

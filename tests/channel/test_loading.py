@@ -10,6 +10,7 @@ from megjax.channel import theory
 from megjax.channel.loading import mean_lmmse_error_awgn, static_load
 from megjax.units import db_to_linear
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
 AWGN = jax.jit(lambda weights, snr: static_load(weights, snr, mean_lmmse_error_awgn))
 RAYLEIGH = jax.jit(lambda weights, snr: static_load(weights, snr, theory.mean_lmmse_error_rayleigh))
 DECADES = np.geomspace(1, 1e-10, 24).astype(np.float32)
@@ -36,7 +37,7 @@ def rayleigh_error(snr):
 
 
 @pytest.mark.parametrize("snr_db", [-30.0, -10.0, 0.0, 10.0, 30.0, 50.0])
-@pytest.mark.parametrize("weights", [DECADES, np.geomspace(3, 0.1, 17).astype(np.float32)[::-1]])
+@pytest.mark.parametrize("weights", [DECADES, np.geomspace(3, 0.1, 24).astype(np.float32)[::-1].copy()])
 def test_without_fading_the_loads_are_the_closed_form(weights, snr_db):
     load = AWGN(weights, db_to_linear(snr_db))
     assert load.shape == weights.shape and load.dtype == jnp.float32
@@ -65,7 +66,7 @@ def test_rayleigh_loads_of_two_weights_are_the_best_of_a_grid(ratio, snr):
 @pytest.mark.parametrize("solve", [AWGN, RAYLEIGH])
 @pytest.mark.parametrize("snr_db", [-30.0, 10.0, 50.0])
 def test_loads_are_finite_of_mean_one_and_follow_the_weights(solve, snr_db):
-    weights = np.concatenate([DECADES, [0.0, 0.0]]).astype(np.float32)
+    weights = np.where(np.arange(24) < 22, DECADES, np.float32(0))
     load = np.asarray(solve(weights, db_to_linear(snr_db)))
     assert np.all(np.isfinite(load)) and np.all(load >= 0)
     np.testing.assert_allclose(load.mean(), 1, rtol=1e-6)
@@ -78,22 +79,24 @@ def test_loads_are_finite_of_mean_one_and_follow_the_weights(solve, snr_db):
 
 def test_equal_and_single_weights_share_equally():
     for snr in (0.0, 1e-3, 1.0, 1e5):
-        np.testing.assert_array_equal(RAYLEIGH(jnp.full(3, 3.0), snr), 1)
+        np.testing.assert_array_equal(RAYLEIGH(jnp.full(2, 3.0), snr), 1)
     np.testing.assert_array_equal(AWGN(jnp.array([2.0]), 1.0), 1)
-    np.testing.assert_array_equal(AWGN(jnp.zeros(3), 1.0), 1)
+    np.testing.assert_array_equal(AWGN(jnp.zeros(24), 1.0), 1)
     # The limit without power: all of it to the largest weight.
-    np.testing.assert_array_equal(AWGN(jnp.array([1.0, 2.0, 0.5]), 0.0), [0, 3, 0])
+    np.testing.assert_array_equal(AWGN(jnp.asarray(DECADES), 0.0), 24 * (np.arange(24) == 0))
 
 
+@pytest.mark.slow
 def test_a_closure_over_a_law_serves_as_mean_error():
     nakagami = jax.jit(lambda w, m: static_load(w, 5.0, lambda snr: theory.mean_lmmse_error_nakagami(snr, m)))
-    weights = jnp.array([3.0, 1.0, 0.2])
+    weights = jnp.array([3.0, 0.2])
     np.testing.assert_allclose(nakagami(weights, 1.0), RAYLEIGH(weights, 5.0), atol=1e-3)
 
 
 def test_vmap_agrees_with_the_loop():
-    weights, snr = jnp.abs(jax.random.normal(jax.random.key(0), (3, 24))) + 0.01, jnp.array([0.1, 1.0, 10.0])
-    mapped = jax.jit(jax.vmap(lambda w, s: static_load(w, s)))(weights, snr)
+    weights = np.random.default_rng(0).uniform(0.01, 3, (3, 24)).astype(np.float32)
+    snr = np.array([0.1, 1.0, 10.0], np.float32)
+    mapped = jax.jit(jax.vmap(static_load))(weights, snr)
     looped = np.stack([AWGN(w, s) for w, s in zip(weights, snr, strict=True)])
     np.testing.assert_allclose(mapped, looped, rtol=1e-5, atol=1e-6)
 

@@ -9,15 +9,16 @@ import pytest
 from jaxtyping import Array, Complex, Float
 from scipy.special import j0
 
-from megjax.channel import Fading, equalize_lmmse, transmit
 from megjax.channel.ofdm import OFDM
 from megjax.channel.parameters import channel_model
 from megjax.channel.tdl import TDL, TappedDelayLine
 from megjax.channel.tdl_profiles import PROFILES
-from megjax.pytrees import static
+from tests.channel.draws import draw, normal_symbols, realisations
+from tests.checks import within_standard_error
 
-FOUR_SIGMA = 4.0
+ROUNDING = 1e-6
 SPACING_HZ = 15e3
+pytestmark = pytest.mark.usefixtures("fast_compile")
 SAMPLE_S = 1 / (64 * SPACING_HZ)
 
 
@@ -25,7 +26,7 @@ SAMPLE_S = 1 / (64 * SPACING_HZ)
 class TwoTaps:
     """Taps of 0.8 and 0.6j at 1 and `second` samples of 64 subcarriers of 15 kHz; not random."""
 
-    second: float = static()
+    second: float
 
     @property
     def delays_s(self) -> Float[Array, " l"]:
@@ -44,24 +45,6 @@ def make(tdl, **changes):
     return OFDM(tdl, **sizes)
 
 
-def symbols(seed, shape):
-    return jax.random.normal(jax.random.key(seed), shape, jnp.complex64)
-
-
-def within_standard_error(samples, expected):
-    """The mean over the first axis of real `samples`."""
-    samples = np.asarray(samples, np.float64)
-    error = np.abs(samples.mean(axis=0) - expected)
-    limit = FOUR_SIGMA * samples.std(axis=0, ddof=1) / np.sqrt(samples.shape[0])
-    assert np.all(error <= limit + 1e-6), np.max(error / (limit + 1e-6))
-
-
-def draw(fading, num_blocks, num, seed):
-    keys = jax.random.split(jax.random.key(seed), num)
-    sample = jax.jit(lambda fading, keys: jax.vmap(lambda key: fading.sample(key, num_blocks))(keys))
-    return np.asarray(sample(fading, keys))
-
-
 @jax.jit
 def both_routes(ofdm, taps, grid):
     """Impulse response, gains from it, gains from the taps, and what is received through the time domain."""
@@ -77,67 +60,86 @@ def test_hand_computed_gains():
     def response(frequency):  # in units of the spacing; a sample is 1 / 64 of its inverse
         return 0.8 * np.exp(-2j * np.pi * frequency / 64) + 0.6j * np.exp(-2j * np.pi * 3 * frequency / 64)
 
-    gains = ofdm.frequency_response(ofdm.tdl.sample(jax.random.key(0), 2))
+    gains = jax.jit(lambda ofdm: ofdm.frequency_response(ofdm.tdl.sample(jax.random.key(0), 2)))(ofdm)
     assert gains.shape == (2, 64) and gains.dtype == jnp.complex64
     np.testing.assert_allclose(gains, np.tile(response(frequency), (2, 1)), atol=1e-6)
     # Four blocks of 16 subcarriers with centres -24.5, -8.5, 7.5, 23.5, then the first of the next slot.
-    blocks = ofdm.sample(jax.random.key(0), 5)
+    blocks = draw(ofdm, 0, 5)
     assert blocks.shape == (5,) and blocks.dtype == jnp.complex64
     np.testing.assert_allclose(blocks, response(np.array([-24.5, -8.5, 7.5, 23.5, -24.5])), atol=1e-6)
     odd = make(TwoTaps(3.0), resource_block_size=63)
-    np.testing.assert_allclose(odd.sample(jax.random.key(0), 1), [response(-1.0)], atol=1e-6)
+    np.testing.assert_allclose(draw(odd, 0, 1), [response(-1.0)], atol=1e-6)
     np.testing.assert_allclose(ofdm.sample_rate_hz, 960e3)
     np.testing.assert_allclose(ofdm.symbol_duration_s, 80 / 960e3, rtol=1e-6)
 
 
-@pytest.mark.parametrize("profile", ["A", "D"])
+@pytest.mark.parametrize("profile", ["D", pytest.param("A", marks=pytest.mark.slow)])
 def test_resource_blocks_have_unit_power_and_the_spectrum_of_the_profile(profile):
     ofdm = make(TDL(profile, 1e-6, 20.0, 5e-3))
-    assert isinstance(ofdm, Fading) and ofdm.blocks_per_slot == 5
-    gains = draw(ofdm, 12, 100_000, 1)
-    within_standard_error(np.abs(gains) ** 2, 1.0)
+    assert ofdm.blocks_per_slot == 5
+    gains = realisations(ofdm, 1, 2**14, 12)
+    within_standard_error(np.abs(gains) ** 2, 1.0, axis=0, rounding=ROUNDING)
     # E[H(f + d) H*(f)] is the Fourier transform of the power-delay profile, here for d of 0 to 4 blocks of 12.
     shift_hz = 12 * SPACING_HZ * np.arange(5)
     correlation = np.exp(-2j * np.pi * 1e-6 * np.outer(shift_hz, PROFILES[profile].delays)) @ PROFILES[profile].powers
     product = gains[:, :5] * gains[:, :1].conj()
-    within_standard_error(product.real, correlation.real)
-    within_standard_error(product.imag, correlation.imag)
+    within_standard_error(product.real, correlation.real, axis=0, rounding=ROUNDING)
+    within_standard_error(product.imag, correlation.imag, axis=0, rounding=ROUNDING)
     # The same block one and two slots of 5 ms later.
     table, slots = PROFILES[profile], np.arange(3)
     expected = j0(2 * np.pi * 0.1 * slots) * table.rayleigh_powers.sum()
     expected = expected + table.line_of_sight_power * np.exp(2j * np.pi * 0.07 * slots)
     product = gains[:, ::5] * gains[:, :1].conj()
-    within_standard_error(product.real, expected.real)
-    within_standard_error(product.imag, expected.imag)
+    within_standard_error(product.real, expected.real, axis=0, rounding=ROUNDING)
+    within_standard_error(product.imag, expected.imag, axis=0, rounding=ROUNDING)
 
 
+@pytest.mark.slow
 def test_subcarriers_have_unit_power():
     ofdm = make(TDL("C", 1e-6))
-    gains = jax.jit(lambda ofdm, taps: ofdm.frequency_response(taps))(ofdm, draw(ofdm.tdl, 1, 20_000, 2)[:, 0])
-    within_standard_error(np.abs(gains) ** 2, 1.0)
-    block = jax.jit(lambda ofdm: ofdm.sample(jax.random.key(3), 2))(make(TDL("C", 1e-6), resource_block_size=1))
-    every = jax.jit(lambda ofdm: ofdm.frequency_response(ofdm.tdl.sample(jax.random.key(3), 1)))(ofdm)
-    np.testing.assert_allclose(block, every[0, :2], atol=1e-5)  # a block of one subcarrier is that subcarrier
+
+    @jax.jit
+    def compute(ofdm):
+        def every(key):
+            return ofdm.frequency_response(ofdm.tdl.sample(key, 1))[0]
+
+        key = jax.random.key(3)
+        one = dataclasses.replace(ofdm, resource_block_size=1).sample(jax.random.clone(key), 2)
+        return jax.vmap(every)(jax.random.split(jax.random.key(2), 2**12)), every(key), one
+
+    gains, every, one = compute(ofdm)
+    within_standard_error(np.abs(gains) ** 2, 1.0, axis=0)
+    np.testing.assert_allclose(one, every[:2], atol=1e-5)  # a block of one subcarrier is that subcarrier
 
 
 def test_modulation_is_unitary_and_inverts():
     ofdm = make(TwoTaps(3.0), num_subcarriers=60, cyclic_prefix=7)
-    grid = symbols(4, (3, 60))
-    samples = ofdm.modulate(grid)
-    assert samples.shape == (3 * 67,) and samples.dtype == jnp.complex64
-    frames = np.asarray(samples).reshape(3, 67)
+    grid = normal_symbols(4, (3, 60))
+
+    @jax.jit
+    def compute(grid):
+        samples = ofdm.modulate(grid)
+        identity = jnp.zeros((1, 8), jnp.complex64).at[0, ofdm.num_precursors].set(1.0)
+        constant = make(TwoTaps(1.0), advance=0).demodulate(jnp.ones(80, jnp.complex64))
+        return samples, ofdm.convolve(samples, identity), ofdm.demodulate(samples), constant
+
+    samples, convolved, back, constant = map(np.asarray, compute(grid))
+    assert samples.shape == (3 * 67,) and samples.dtype == np.complex64
+    frames = samples.reshape(3, 67)
     np.testing.assert_array_equal(frames[:, :7], frames[:, -7:])
     np.testing.assert_allclose(np.sum(np.abs(frames[:, 7:]) ** 2), np.sum(np.abs(grid) ** 2), rtol=1e-5)
-    identity = jnp.zeros((1, 8), jnp.complex64).at[0, ofdm.num_precursors].set(1.0)
-    np.testing.assert_allclose(ofdm.convolve(samples, identity), samples, atol=1e-6)
-    np.testing.assert_allclose(make(TwoTaps(1.0), advance=0).demodulate(jnp.ones(80, jnp.complex64))[0, 32], 8.0)
-    np.testing.assert_allclose(ofdm.demodulate(samples), grid, atol=2e-6)
+    np.testing.assert_allclose(convolved, samples, atol=1e-6)
+    np.testing.assert_allclose(constant[0, 32], 8.0)
+    np.testing.assert_allclose(back, grid, atol=2e-6)
 
 
-@pytest.mark.parametrize(("second", "advance"), [(3.0, 0), (3.0, 2), (12.0, 4), (16.0, 0)])
+@pytest.mark.parametrize(
+    ("second", "advance"),
+    [(3.0, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3.0, 0), (12.0, 4), (16.0, 0)))],
+)
 def test_convolution_equals_the_gains_for_delays_on_the_grid(second, advance):
     ofdm = make(TwoTaps(second), advance=advance)
-    taps, grid = ofdm.tdl.sample(jax.random.key(0), 3) * symbols(5, (3, 1)), symbols(6, (3, 64))
+    taps, grid = np.complex64([[0.8, 0.6j]]) * normal_symbols(5, (3, 1)), normal_symbols(6, (3, 64))
     impulse_response, sampled, gains, received = both_routes(ofdm, taps, grid)
     assert impulse_response.shape == (3, 17)
     np.testing.assert_allclose(impulse_response[:, advance + 1], taps[:, 0], atol=1e-5)
@@ -147,23 +149,35 @@ def test_convolution_equals_the_gains_for_delays_on_the_grid(second, advance):
 
 def test_convolution_equals_the_sampled_response_and_numpy():
     ofdm = make(TDL("A", 5e-7, 100.0, 1e-3))
-    taps, grid = draw(ofdm.tdl, 4, 1, 7)[0], symbols(8, (4, 64))
-    impulse_response, sampled, _, received = both_routes(ofdm, jnp.asarray(taps), grid)
+    grid = normal_symbols(8, (4, 64))
+
+    @jax.jit
+    def compute(ofdm, grid):
+        impulse_response, sampled, _, received = both_routes(ofdm, ofdm.tdl.sample(jax.random.key(7), 4), grid)
+        samples = ofdm.modulate(grid)
+        repeated = jnp.repeat(impulse_response, ofdm.samples_per_symbol, axis=0)
+        one_row = ofdm.convolve(samples, impulse_response[:1])
+        return impulse_response, sampled, received, samples, one_row, ofdm.demodulate(ofdm.convolve(samples, repeated))
+
+    impulse_response, sampled, received, samples, one_row, repeated = map(np.asarray, compute(ofdm, grid))
     np.testing.assert_allclose(received, sampled * grid, atol=3e-5)
-    samples = ofdm.modulate(grid)
     # One row: an ordinary linear convolution, shifted by the two precursors.
-    expected = np.convolve(np.asarray(samples), np.asarray(impulse_response[0]))[2 : 2 + samples.size]
-    np.testing.assert_allclose(ofdm.convolve(samples, impulse_response[:1]), expected, atol=1e-5)
-    repeated = jnp.repeat(impulse_response, ofdm.samples_per_symbol, axis=0)
-    np.testing.assert_allclose(ofdm.demodulate(ofdm.convolve(samples, repeated)), received, atol=1e-5)
+    expected = np.convolve(samples, impulse_response[0])[2 : 2 + samples.size]
+    np.testing.assert_allclose(one_row, expected, atol=1e-5)
+    np.testing.assert_allclose(repeated, received, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_truncated_pulses_lose_less_than_the_bound_and_less_with_more_lags():
+    @jax.jit
+    def responses(ofdm, taps):
+        impulse_response = ofdm.impulse_response(taps)
+        return impulse_response, ofdm.sampled_frequency_response(impulse_response), ofdm.frequency_response(taps)
+
     losses = []
-    for prefix, advance in ((8, 2), (16, 6), (32, 14), (63, 30)):
+    for prefix, advance in ((8, 2), (16, 6), (63, 30)):
         ofdm = make(TwoTaps(2.5), cyclic_prefix=prefix, advance=advance)
-        second = jnp.array([[0.0, 1.0]], jnp.complex64)
-        impulse_response, sampled, gains, _ = both_routes(ofdm, second, symbols(0, (1, 64)))
+        impulse_response, sampled, gains = map(np.asarray, responses(ofdm, np.complex64([[0, 1]])))
         error = np.abs(sampled - gains) ** 2
         # The subcarrier on the edge of the band stays at the mean of both edges, which is 0 for half a sample. By
         # Parseval the others lose the energy of the missing lags, and through their aliasing at most as much again.
@@ -176,6 +190,7 @@ def test_truncated_pulses_lose_less_than_the_bound_and_less_with_more_lags():
     assert np.all(np.diff(losses) < 0) and losses[-1] < 0.3 * losses[0]
 
 
+@pytest.mark.slow
 def test_doppler_within_a_symbol_mixes_the_subcarriers():
     # One subcarrier is sent; what reaches the others is, for the Clarke spectrum, 1 - (useful power) with
     # useful power = E|mean_i h_i|^2 = (N + 2 sum_i (N - i) J0(2 pi f_D i / rate)) / N^2 (M. Russell and G. Stueber,
@@ -189,7 +204,7 @@ def test_doppler_within_a_symbol_mixes_the_subcarriers():
         received = ofdm.demodulate(ofdm.convolve(ofdm.modulate(grid), ofdm.impulse_response(taps)))
         return jnp.square(jnp.abs(received[0]))
 
-    powers = np.asarray(jax.jit(jax.vmap(received_power))(jax.random.split(jax.random.key(9), 10_000)))
+    powers = np.asarray(jax.jit(jax.vmap(received_power))(jax.random.split(jax.random.key(9), 2**10)))
     steps = np.arange(1, 64)
     useful = (64 + 2 * np.sum((64 - steps) * j0(2 * np.pi * turns * steps))) / 64**2
     within_standard_error(powers[:, 40], useful)
@@ -197,36 +212,14 @@ def test_doppler_within_a_symbol_mixes_the_subcarriers():
     assert 0.05 < 1 - useful < 0.1
 
 
-def test_gains_serve_in_transmission():
-    def squared_error(ofdm, key):
-        fading_key, symbol_key, noise_key = jax.random.split(key, 3)
-        gains = ofdm.sample(fading_key, 8)
-        sent = jax.random.normal(symbol_key, (8, 6), jnp.complex64)
-        received = transmit(noise_key, sent, gains, jnp.ones(8), 0.1)
-        estimate = equalize_lmmse(received, gains, jnp.ones(8), 0.1)
-        return jnp.mean(jnp.abs(estimate - sent) ** 2 - 1 / (1 + jnp.abs(gains[:, None]) ** 2 / 0.1))
-
-    keys = jax.random.split(jax.random.key(10), 10_000)
-    excess = jax.jit(jax.vmap(squared_error, in_axes=(None, 0)))(make(TDL("B", 3e-7, 50.0)), keys)
-    within_standard_error(excess, 0.0)
-
-
-def test_jit_and_vmap_over_leaves_agree_with_the_loop():
-    spreads, dopplers, keys = jnp.array([1e-8, 1e-7, 1e-6]), jnp.array([0.0, 30.0, 300.0]), jax.random.key(11)
-    models = make(TDL("C", spreads, dopplers, jnp.full(3, 1e-3)), subcarrier_spacing_hz=jnp.full(3, SPACING_HZ))
-    sample = jax.jit(lambda ofdm, key: ofdm.sample(key, 7))
-    mapped = jax.vmap(sample)(models, jax.random.split(keys, 3))
-    for i, key in enumerate(jax.random.split(jax.random.key(11), 3)):
-        single = sample(make(TDL("C", float(spreads[i]), float(dopplers[i]))), key)
-        np.testing.assert_allclose(mapped[i], single, atol=3e-6)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["sample", "convolve"])
 def test_gradients_against_finite_differences(route):
     ofdm = make(TDL("A", 8.3e-7, 50.0, 1e-3))
-    grid = symbols(12, (2, 64))
+    grid = jnp.asarray(normal_symbols(12, (2, 64)))
 
     @jax.jit
+    @jax.value_and_grad
     def objective(ofdm):
         if route == "sample":
             return jnp.sum(jnp.square(ofdm.sample(jax.random.key(13), 9).real))
@@ -234,16 +227,20 @@ def test_gradients_against_finite_differences(route):
         received = ofdm.demodulate(ofdm.convolve(ofdm.modulate(grid), ofdm.impulse_response(taps)))
         return jnp.mean(jnp.square(jnp.abs(received - grid)))
 
-    gradient = jax.grad(objective)(ofdm).tdl
+    gradient = objective(ofdm)[1].tdl
     for name, step in (("delay_spread_s", 4e-9), ("doppler_hz", 0.5)):
         moved = [dataclasses.replace(ofdm.tdl, **{name: getattr(ofdm.tdl, name) + d}) for d in (step, -step)]
-        ends = [objective(dataclasses.replace(ofdm, tdl=tdl)) for tdl in moved]
+        ends = [objective(dataclasses.replace(ofdm, tdl=tdl))[0] for tdl in moved]
         assert getattr(gradient, name) != 0
         np.testing.assert_allclose(getattr(gradient, name), (ends[0] - ends[1]) / (2 * step), rtol=3e-2)
 
 
 def test_protocol_and_bad_arguments():
     tdl = TDL("A", 1e-7)
+
+    def zeros(shape):
+        return jnp.zeros(shape, jnp.complex64)
+
     assert isinstance(TwoTaps(2.0), TappedDelayLine)
     for changes, message in (
         ({"num_subcarriers": 0}, "num_subcarriers is 0"),
@@ -259,20 +256,20 @@ def test_protocol_and_bad_arguments():
             make(**{"tdl": tdl} | changes)
     arrays = make(TDL("A", jnp.array([1e-8, 1e-7])))  # to be vmapped over
     with pytest.raises(ValueError, match="one realisation takes a scalar: vmap over the model"):
-        arrays.frequency_response(symbols(0, (1, 23)))
+        arrays.frequency_response(zeros((1, 23)))
     ofdm = make(tdl)
     with pytest.raises(ValueError, match="num_blocks is 0"):
         ofdm.sample(jax.random.key(0), 0)
     with pytest.raises(ValueError, match="symbols has shape"):
-        ofdm.modulate(symbols(0, (2, 63)))
+        ofdm.modulate(zeros((2, 63)))
     with pytest.raises(ValueError, match="samples has 81 entries"):
-        ofdm.demodulate(symbols(0, (81,)))
+        ofdm.demodulate(zeros((81,)))
     with pytest.raises(ValueError, match="impulse_response has 3 rows"):
-        ofdm.convolve(symbols(0, (80,)), symbols(0, (3, 17)))
+        ofdm.convolve(zeros((80,)), zeros((3, 17)))
     with pytest.raises(ValueError, match="impulse_response has shape"):
-        ofdm.convolve(symbols(0, (80,)), symbols(0, (1, 16)))
+        ofdm.convolve(zeros((80,)), zeros((1, 16)))
 
 
 def test_tracers_pass_the_delay_check():
-    gains = jax.jit(lambda spread: make(TDL("A", spread)).sample(jax.random.key(14), 2))(1e-4)
-    assert np.all(np.isfinite(gains))
+    gains = jax.eval_shape(lambda spread: make(TDL("A", spread)).sample(jax.random.key(14), 2), 1e-4)
+    assert gains.shape == (2,)

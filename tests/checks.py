@@ -1,0 +1,74 @@
+"""Comparisons that many tests make."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jaxtyping
+import numpy as np
+import scipy.stats
+
+STANDARD_ERRORS = 4.0
+"""How far a mean may lie from what is expected of it: by chance it does so once in 16,000 times."""
+SMALLEST_P_VALUE = 1e-4
+NUM_DISTRIBUTION = 2**16
+"""Samples of a Kolmogorov-Smirnov test: they show a distribution function that is off by 0.009 anywhere."""
+
+
+def within_standard_error(samples, expected, axis=None, rounding=0.0):
+    """Check the mean of independent real samples, over all or over one axis, against its expectation."""
+    samples = np.asarray(samples, np.float64)
+    count = samples.size if axis is None else samples.shape[axis]
+    limit = STANDARD_ERRORS * samples.std(axis, ddof=1) / np.sqrt(count) + rounding
+    mean = samples.mean(axis)
+    assert np.all(np.abs(mean - expected) <= limit), (mean, expected, limit)
+
+
+def check_distribution(samples, cdf):
+    """Check NUM_DISTRIBUTION or more independent real samples against a distribution function or its name in scipy."""
+    samples = np.asarray(samples, np.float64).reshape(-1)
+    assert samples.size >= NUM_DISTRIBUTION
+    assert scipy.stats.kstest(samples, cdf).pvalue > SMALLEST_P_VALUE
+
+
+def assert_equal_trees(one, other):
+    """Check that two pytrees hold the same numbers to the bit."""
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def metric_rows(folder: Path) -> list[dict]:
+    """The rows of a training's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal_losses(one: Path, other: Path, rel: float):
+    """Check that two trainings logged the same steps and, to a relative tolerance, the same losses."""
+    for a, b in zip(metric_rows(one), metric_rows(other), strict=True):
+        assert a["step"] == b["step"] and np.isclose(a["loss"], b["loss"], rtol=rel, atol=0), (a, b)
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Without the run-time checks of shapes and of reused keys, which users do not have."""
+    shapes, keys = jaxtyping.config.jaxtyping_disable, jax.config.jax_debug_key_reuse
+    jaxtyping.config.update("jaxtyping_disable", True)
+    jax.config.update("jax_debug_key_reuse", False)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", shapes)
+        jax.config.update("jax_debug_key_reuse", keys)
+
+
+@contextlib.contextmanager
+def fast_compile() -> Iterator[None]:
+    """With most of XLA's optimisations off, for programs that compile longer than they run."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
