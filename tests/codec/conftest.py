@@ -1,27 +1,25 @@
 """A small data set with structure that no linear code sees, and the networks that the codec's tests share."""
 
+import copy
 import types
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
 
 from megjax.codec import SeedCodec, SeedCodecConfig, SeedNetwork, fitting
 from megjax.codec.network import Constant
+from tests import checks
 
 SHAPE = (6, 4, 2)
 NUM_LATENTS = 2000
-# Networks this small compile longer than they run.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-@pytest.fixture(scope="session")
-def fast_jit():
-    """`jax.jit` at the lowest optimisation level."""
-    return lambda function, **options: jax.jit(function, compiler_options=FAST_COMPILE, **options)
+@pytest.fixture(scope="module", autouse=True)
+def small_programs(fast_compile):
+    """Networks this small compile longer than they run."""
 
 
 @pytest.fixture(scope="session")
@@ -44,18 +42,15 @@ def config():
 @pytest.fixture(scope="session")
 def plain(config, latents):
     """The network at the start of training: graph, state, and what a loss takes apart."""
-    return parts_of(fitting.initial_network(config, latents))
+    with checks.fast_compile():
+        return parts_of(fitting.initial_network(config, latents))
 
 
 @pytest.fixture(scope="session")
 def stirred(plain, latents):
     """The same with every parameter moved away from its start, then calibrated, so that no part is idle."""
-    return parts_of(fitting.calibrate(stir(nnx.merge(plain.graph, plain.state)), latents))
-
-
-@pytest.fixture(scope="session")
-def codec(plain):
-    return SeedCodec(nnx.merge(plain.graph, plain.state))
+    with checks.fast_compile():
+        return parts_of(fitting.calibrate(stir(nnx.merge(plain.graph, plain.state)), latents))
 
 
 @pytest.fixture(scope="session")
@@ -63,12 +58,18 @@ def stirred_codec(stirred):
     return SeedCodec(nnx.merge(stirred.graph, stirred.state))
 
 
-@pytest.fixture
-def unchecked():
-    """Without the run-time check of annotations, which users do not have and which would hide the project's errors."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+@pytest.fixture(scope="session")
+def codec(plain, stirred_codec):
+    """The codec at the start of training; its compiled programs are those of `stirred_codec`."""
+    codec = copy.copy(stirred_codec)
+    codec.state = plain.state
+    return codec
+
+
+@pytest.fixture(scope="session")
+def encode(stirred):
+    """The stirred network's values for latents, an SNR in dB and a number of symbols: one program for all of these."""
+    return jax.jit(lambda z, snr_db, k: nnx.merge(stirred.graph, stirred.state).encode(z, snr_db, k))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,10 @@
 """Random-weight torch models in diffusers' layout, each beside what megjax's loader makes of its folder."""
 
+import contextlib
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,13 @@ from flax import nnx
 
 from megjax.diffusion import checkpoint, clip, unet, vae
 from megjax.diffusion.layers import ShapeRngs
+from tests import checks
 
-# Tiny models compile longer than they run.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+KINDS = {
+    clip.CLIPTextConfig: clip.CLIPTextModel,
+    unet.UNetConfig: unet.UNet2DConditionModel,
+    vae.VAEConfig: vae.AutoencoderKL,
+}
 SHARPENED = ("to_q.weight", "to_k.weight", "q_proj.weight", "k_proj.weight")
 UNET = {
     "block_out_channels": (16, 32),
@@ -60,7 +67,27 @@ def relative_error(ours, reference):
 
 
 def channels_first(array):
-    return np.asarray(array).transpose(0, 3, 1, 2)
+    import torch
+
+    return torch.tensor(np.moveaxis(array, -1, 1).copy())
+
+
+def channels_last(tensor):
+    return np.moveaxis(tensor.detach().numpy(), 1, -1)
+
+
+@functools.cache
+def program(function, graph):
+    """`function(model, *arrays)`, jitted, with the parameters as an argument."""
+    return jax.jit(lambda params, *arrays: function(nnx.merge(graph, params), *arrays))
+
+
+def call(model, *arrays):
+    return model(*arrays)
+
+
+def encode_and_decode(model, image, latent):
+    return *model.encode(image), model.decode(latent)
 
 
 @dataclasses.dataclass
@@ -70,47 +97,51 @@ class Port:
     torch: Any
     folder: Path
     config: Any
+    rename: Callable
     graph: nnx.GraphDef
     params: nnx.State
 
-    def run(self, function, *arrays, options=FAST_COMPILE):
-        """`function(model, *arrays)`, jitted, the parameters an argument."""
-        compiled = jax.jit(
-            lambda params, *args: function(nnx.merge(self.graph, params), *args), compiler_options=options
-        )
-        return compiled(self.params, *arrays)
+    def load(self, files, **options):
+        """The parameters that these files hold."""
+        return load(self.config, files, self.rename, **options)[1]
 
-    def unet_errors(self, height, width, timesteps=(3, 700), tokens=5, options=FAST_COMPILE):
-        """Relative error of the U-Net's output on random inputs of this size."""
+    def run(self, function, *arrays, checked=False):
+        """`function(model, *arrays)`, compiled once for a function of a module; with shape checks if asked for."""
+        with checks.fast_compile(), contextlib.nullcontext() if checked else checks.unchecked():
+            return program(function, self.graph)(self.params, *arrays)
+
+    def replace(self, **settings):
+        """The same parameters in a model of other settings."""
+        config, kind = dataclasses.replace(self.config, **settings), KINDS[type(self.config)]
+        with checks.unchecked():
+            graph, _ = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=ShapeRngs())))
+        return dataclasses.replace(self, config=config, graph=graph)
+
+    def unet_outputs(self, height, width, timesteps=(3, 700), tokens=5, checked=False):
+        """The U-Net's output on random inputs of this size, ours and torch's, channels last."""
         import torch
 
         rng = np.random.default_rng(height * 100 + width)
         batch, config = len(timesteps), self.config
-        x = rng.standard_normal((batch, config.in_channels, height, width), np.float32)
+        x = rng.standard_normal((batch, height, width, config.in_channels), np.float32)
         context = rng.standard_normal((batch, tokens, config.cross_attention_dim), np.float32)
         with torch.no_grad():
-            reference = self.torch(torch.tensor(x), torch.tensor(timesteps), torch.tensor(context)).sample
-        arguments = jnp.asarray(x.transpose(0, 2, 3, 1)), jnp.asarray(timesteps), jnp.asarray(context)
-        ours = self.run(lambda model, *args: model(*args), *arguments, options=options)
-        return relative_error(channels_first(ours), reference)
+            reference = self.torch(channels_first(x), torch.tensor(timesteps), torch.tensor(context)).sample
+        ours = self.run(call, x, np.asarray(timesteps), context, checked=checked)
+        return ours, channels_last(reference)
 
-    def vae_errors(self, height, width):
-        """Relative errors of mean, log-variance and decoded image on a random image of this size."""
+    def vae_outputs(self, height, width, checked=False):
+        """Pairs of ours and torch's of mean, log-variance and decoded image, on a random image of this size."""
         import torch
 
-        image = np.random.default_rng(height * 100 + width).uniform(-1, 1, (2, self.config.in_channels, height, width))
+        image = np.random.default_rng(height * 100 + width).uniform(-1, 1, (2, height, width, self.config.in_channels))
         image = image.astype(np.float32)
         with torch.no_grad():
-            posterior = self.torch.encode(torch.tensor(image)).latent_dist
+            posterior = self.torch.encode(channels_first(image)).latent_dist
             decoded = self.torch.decode(posterior.mean).sample
-        latent = jnp.asarray(posterior.mean.numpy().transpose(0, 2, 3, 1))
-
-        def both(model, image, latent):
-            return *model.encode(image), model.decode(latent)
-
-        ours = self.run(both, jnp.asarray(image.transpose(0, 2, 3, 1)), latent)
-        pairs = zip(ours, (posterior.mean, posterior.logvar, decoded), strict=True)
-        return [relative_error(channels_first(mine), reference) for mine, reference in pairs]
+        references = [channels_last(value) for value in (posterior.mean, posterior.logvar, decoded)]
+        ours = self.run(encode_and_decode, image, references[0], checked=checked)
+        return list(zip(ours, references, strict=True))
 
     def state_dict(self, path):
         """Our parameters, written to `path` by megjax and read by safetensors' torch side."""
@@ -120,11 +151,18 @@ class Port:
         return load_file(path)
 
 
-def load(folder, config, module, stem, rename):
-    values = json.loads((folder / "config.json").read_text())
-    config = config.from_dict(values)
-    files = checkpoint.weight_files(folder, stem)
-    return config, *checkpoint.load_params(lambda: module(config, rngs=ShapeRngs()), files, rename=rename)
+def load(config, files, rename, **options):
+    """Graph and parameters of a model."""
+    with checks.unchecked():
+        make = lambda: KINDS[type(config)](config, rngs=ShapeRngs())  # noqa: E731
+        return checkpoint.load_params(make, files, rename=rename, **options)
+
+
+def port(model, folder, kind, stem, rename):
+    """A Port of a torch model, which is saved to `folder`."""
+    model.save_pretrained(folder)
+    config = kind.from_dict(json.loads((folder / "config.json").read_text()))
+    return Port(model, folder, config, rename, *load(config, checkpoint.weight_files(folder, stem), rename))
 
 
 @pytest.fixture(scope="session")
@@ -136,10 +174,7 @@ def make_unet(tmp_path_factory):
     def make(**settings):
         torch.manual_seed(0)
         model = randomise(UNet2DConditionModel(**(UNET | settings)), 1)
-        folder = tmp_path_factory.mktemp("unet")
-        model.save_pretrained(folder)
-        loaded = load(folder, unet.UNetConfig, unet.UNet2DConditionModel, checkpoint.UNET_WEIGHTS, lambda name: name)
-        return Port(model, folder, *loaded)
+        return port(model, tmp_path_factory.mktemp("unet"), unet.UNetConfig, checkpoint.UNET_WEIGHTS, lambda name: name)
 
     return make
 
@@ -159,10 +194,7 @@ def make_vae(tmp_path_factory):
         }
         torch.manual_seed(0)
         model = randomise(AutoencoderKL(**kinds, **settings), 1)
-        folder = tmp_path_factory.mktemp("vae")
-        model.save_pretrained(folder)
-        loaded = load(folder, vae.VAEConfig, vae.AutoencoderKL, checkpoint.UNET_WEIGHTS, checkpoint.vae_name)
-        return Port(model, folder, *loaded)
+        return port(model, tmp_path_factory.mktemp("vae"), vae.VAEConfig, checkpoint.UNET_WEIGHTS, checkpoint.vae_name)
 
     return make
 
@@ -176,19 +208,16 @@ def make_text(tmp_path_factory):
     def make(**settings):
         torch.manual_seed(0)
         model = randomise(CLIPTextModel(CLIPTextConfig(**(TEXT | settings))), 1)
-        folder = tmp_path_factory.mktemp("text")
-        model.save_pretrained(folder)
-        loaded = load(folder, clip.CLIPTextConfig, clip.CLIPTextModel, checkpoint.TEXT_WEIGHTS, checkpoint.text_name)
-        return Port(model, folder, *loaded)
+        return port(
+            model, tmp_path_factory.mktemp("text"), clip.CLIPTextConfig, checkpoint.TEXT_WEIGHTS, checkpoint.text_name
+        )
 
     return make
 
 
 @pytest.fixture(scope="session")
 def tiny_unet(make_unet):
-    return make_unet(
-        block_out_channels=(16,), down_block_types=("DownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
-    )
+    return make_unet(block_out_channels=(16,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
 
 
 @pytest.fixture(scope="session")
@@ -246,10 +275,11 @@ def gradients_flow():
     """
 
     def check(loss, params):
-        gradients = jax.jit(jax.grad(loss), compiler_options=FAST_COMPILE)(params)
+        with checks.fast_compile():
+            gradients = jax.jit(jax.grad(loss))(params)
         for tree in gradients if isinstance(gradients, tuple) else (gradients,):
             for path, value in nnx.to_flat_state(tree):
-                largest = float(jnp.abs(value[...]).max())
+                largest = float(np.abs(np.asarray(value[...])).max())
                 invariant = path[-1] == "bias" and path[-2] in ("k_proj", "to_k")
                 assert np.isfinite(largest), path
                 assert invariant or largest > 1e-7, path

@@ -1,16 +1,20 @@
 """Reading and writing weights in diffusers' layout: shards, variants, damage, and strictness."""
 
+import copy
 import shutil
 
+import diffusers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+import torch
+from safetensors.torch import load_file, save_file
 
 from megjax.diffusion import checkpoint
-from megjax.diffusion.clip import CLIPTextModel
 from megjax.diffusion.layers import ShapeRngs
-from megjax.diffusion.vae import AutoencoderKL
+from megjax.diffusion.vae import AutoencoderKL, VAEConfig
+from tests.checks import assert_equal_trees
 
 STEM = checkpoint.UNET_WEIGHTS
 SHARD = "20KB"
@@ -18,12 +22,10 @@ SHARD = "20KB"
 
 @pytest.fixture
 def read(tiny_vae):
-    """`read(folder, variant)`: the parameters of the tiny VAE, as a dictionary, loaded from `folder`."""
+    """`read(folder, variant)`: the parameters of the tiny VAE, loaded from `folder`."""
 
     def load(folder, variant=None):
-        files = checkpoint.weight_files(folder, STEM, variant)
-        make = lambda: AutoencoderKL(tiny_vae.config, rngs=ShapeRngs())  # noqa: E731
-        return dict(nnx.to_flat_state(checkpoint.load_params(make, files, rename=checkpoint.vae_name)[1]))
+        return tiny_vae.load(checkpoint.weight_files(folder, STEM, variant))
 
     return load
 
@@ -35,37 +37,37 @@ def folder(tiny_vae, tmp_path):
 
 
 def assert_equal(params, expected):
-    assert params.keys() == expected.keys()
-    for path, value in params.items():
-        assert value[...].dtype == jnp.float32
-        np.testing.assert_array_equal(value[...], expected[path][...])
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    assert_equal_trees(params, expected)
 
 
 def rewrite(folder, change):
-    from safetensors.torch import load_file, save_file
-
     path = folder / f"{STEM}.safetensors"
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
 
 
-@pytest.mark.parametrize("variant", [None, "fp16"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    ("sharded", "dtype", "variant"),
+    [
+        (False, "float32", None),
+        (True, "float32", "fp16"),
+        (True, "float16", None),
+        (False, "float16", "fp16"),
+        (True, "bfloat16", None),
+        (False, "bfloat16", "fp16"),
+    ],
+)
 def test_single_sharded_and_variant_files_load(tiny_vae, read, tmp_path, sharded, dtype, variant):
-    import copy
-
-    import torch
-
     model = copy.deepcopy(tiny_vae.torch).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path, variant=variant, **({"max_shard_size": SHARD} if sharded else {}))
     assert (len(checkpoint.weight_files(tmp_path, STEM, variant)) > 1) == sharded
-    rounded = dict(nnx.to_flat_state(tiny_vae.params))
-    rounded = {k: np.asarray(v[...].astype(dtype).astype(jnp.float32)) for k, v in rounded.items()}
+    rounded = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype(np.float32), tiny_vae.params)
     assert_equal(read(tmp_path, variant), rounded)
     # Without a variant named, the only files there are serve.
-    assert_equal(read(tmp_path), rounded)
+    named = checkpoint.weight_files(tmp_path, STEM, variant)
+    assert checkpoint.weight_files(tmp_path, STEM) == named
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -73,9 +75,7 @@ def test_sharded_text_encoder_loads(tiny_text, tmp_path, variant):
     tiny_text.torch.save_pretrained(tmp_path, variant=variant, max_shard_size=SHARD)
     files = checkpoint.weight_files(tmp_path, checkpoint.TEXT_WEIGHTS, variant)
     assert len(files) > 1
-    make = lambda: CLIPTextModel(tiny_text.config, rngs=ShapeRngs())  # noqa: E731
-    _, params = checkpoint.load_params(make, files, rename=checkpoint.text_name)
-    assert_equal(dict(nnx.to_flat_state(params)), dict(nnx.to_flat_state(tiny_text.params)))
+    assert_equal(tiny_text.load(files), tiny_text.params)
 
 
 def test_full_precision_is_preferred_and_a_variant_is_never_replaced(folder):
@@ -88,15 +88,12 @@ def test_full_precision_is_preferred_and_a_variant_is_never_replaced(folder):
 
 
 def test_parameters_take_the_type_asked_for(tiny_vae, folder):
-    make = lambda: AutoencoderKL(tiny_vae.config, rngs=ShapeRngs())  # noqa: E731
     files = checkpoint.weight_files(folder, STEM)
-    _, params = checkpoint.load_params(make, files, rename=checkpoint.vae_name, param_dtype=jnp.bfloat16)
-    assert {str(value[...].dtype) for _, value in nnx.to_flat_state(params)} == {"bfloat16"}
+    params = tiny_vae.load(files, param_dtype=jnp.bfloat16)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
 
 
 def test_everything_that_does_not_fit_is_listed_at_once(folder, read):
-    import torch
-
     def change(tensors):
         del tensors["decoder.conv_in.weight"], tensors["encoder.conv_out.bias"]
         tensors["decoder.conv_out.weight"] = torch.zeros(3, 8, 1, 1)
@@ -122,13 +119,13 @@ def test_everything_that_does_not_fit_is_listed_at_once(folder, read):
     assert str(error.value).count(";") == 6  # and nothing else
 
 
-def test_weights_of_another_width_are_mis_shaped(tiny_vae, make_vae):
+def test_weights_of_another_width_are_mis_shaped(folder, read, random_params):
     """A kernel of transposed or otherwise permuted shape must not pass for the right one."""
-    wide = make_vae(block_out_channels=(16,))
-    files = checkpoint.weight_files(wide.folder, STEM)
-    make = lambda: AutoencoderKL(tiny_vae.config, rngs=ShapeRngs())  # noqa: E731
+    config = VAEConfig(block_out_channels=(16,), norm_num_groups=4)
+    _, params = random_params(lambda: AutoencoderKL(config, rngs=ShapeRngs()))
+    checkpoint.save_params(params, folder / f"{STEM}.safetensors")
     with pytest.raises(ValueError, match=r"decoder.conv_in.weight has shape \(16, 4, 3, 3\), expected \(8, 4, 3, 3\)"):
-        checkpoint.load_params(make, files, rename=checkpoint.vae_name)
+        read(folder)
 
 
 def cut(data):
@@ -216,7 +213,7 @@ def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path, name):
 
 def test_pickles_beside_safetensors_are_left_alone(folder, read, tiny_vae):
     (folder / f"{STEM}.bin").write_bytes(b"\x80\x04.")
-    assert_equal(read(folder), dict(nnx.to_flat_state(tiny_vae.params)))
+    assert_equal(read(folder), tiny_vae.params)
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):
@@ -228,16 +225,13 @@ def test_missing_and_empty_folders_are_named(tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_saved_parameters_come_back_and_open_in_torch(tiny_vae, folder, read, dtype):
-    import torch
-    from diffusers import AutoencoderKL as Reference
-
     path = folder / f"{STEM}.safetensors"
     path.unlink()
     checkpoint.save_params(tiny_vae.params, path, dtype=dtype)
-    expected = dict(nnx.to_flat_state(tiny_vae.params))
-    assert_equal(read(folder), {k: np.asarray(v[...]).astype(dtype).astype(np.float32) for k, v in expected.items()})
+    rounded = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype(np.float32), tiny_vae.params)
+    assert_equal(read(folder), rounded)
     # Strict: diffusers itself only warns of missing and extra tensors.
-    opened, info = Reference.from_pretrained(folder, output_loading_info=True, low_cpu_mem_usage=False)
+    opened, info = diffusers.AutoencoderKL.from_pretrained(folder, output_loading_info=True, low_cpu_mem_usage=False)
     assert not any(info.values())
     reference = tiny_vae.torch.state_dict()
     assert opened.state_dict().keys() == reference.keys()
@@ -246,8 +240,6 @@ def test_saved_parameters_come_back_and_open_in_torch(tiny_vae, folder, read, dt
 
 
 def test_saved_names_and_shapes_are_those_of_torch(tiny_unet, tiny_text, tmp_path):
-    import torch
-
     for port, prefix in ((tiny_unet, ""), (tiny_text, "text_model.")):
         path = tmp_path / "weights.safetensors"
         saved = port.state_dict(path)

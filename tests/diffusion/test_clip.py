@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from megjax.diffusion import checkpoint
 from megjax.diffusion.clip import CLIPTextConfig, CLIPTextModel
 from megjax.diffusion.layers import ShapeRngs
+from tests.checks import assert_equal_trees
 
 PARITY = 1e-4
 # Published text_encoder/config.json of Stable Diffusion 1.5 and 2.1.
@@ -106,47 +106,42 @@ def hidden_states(port):
         return port.torch(torch.tensor(IDS), output_hidden_states=True)
 
 
-def features(port, skip=0):
-    return port.run(lambda model, ids: model(ids, clip_skip=skip), jnp.asarray(IDS))
+def last_features(model, ids):
+    return model(ids)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"hidden_act": "quick_gelu"},
-        {"hidden_act": "gelu", "num_hidden_layers": 2, "num_attention_heads": 2, "layer_norm_eps": 1e-3},
-    ],
-    ids=["sd15-shaped", "sd21-shaped"],
-)
-def test_features_equal_transformers(make_text, settings, error_of, record_property):
-    port = make_text(**settings)
-    error = error_of(features(port), hidden_states(port).last_hidden_state)
-    record_property("error", error)
-    assert error <= PARITY
+def all_features(model, ids):
+    """With 0, 1 and 2 layers skipped."""
+    return [model(ids, clip_skip=skip) for skip in range(3)]
 
 
-@pytest.mark.parametrize("skip", [1, 2])
-def test_skipped_layers_equal_transformers(tiny_text, error_of, skip):
+def test_features_equal_transformers(tiny_text, error_of):
+    """Of Stable Diffusion 1.5's kind of encoder, also with layers skipped."""
     import torch
 
-    with torch.no_grad():
-        reference = tiny_text.torch.final_layer_norm(hidden_states(tiny_text).hidden_states[-(skip + 1)])
-    assert error_of(features(tiny_text, skip), reference) <= PARITY
-    assert error_of(features(tiny_text), reference) > 10 * PARITY
+    found, reference = tiny_text.run(all_features, IDS, checked=True), hidden_states(tiny_text)
+    assert found[0].shape == (2, 11, 32) and found[0].dtype == jnp.float32
+    assert error_of(found[0], reference.last_hidden_state) <= PARITY
+    for skip in (1, 2):
+        with torch.no_grad():
+            skipped = tiny_text.torch.final_layer_norm(reference.hidden_states[-(skip + 1)])
+        assert error_of(found[skip], skipped) <= PARITY
+        assert error_of(found[0], skipped) > 10 * PARITY
 
 
-def test_the_error_sees_activation_and_heads(tiny_text, error_of):
-    reference = hidden_states(tiny_text).last_hidden_state
-    for change in ({"hidden_act": "gelu"}, {"num_attention_heads": 2}):
-        config = dataclasses.replace(tiny_text.config, **change)
-        graph = nnx.split(nnx.eval_shape(lambda config=config: CLIPTextModel(config, rngs=ShapeRngs())))[0]
-        assert error_of(features(dataclasses.replace(tiny_text, graph=graph)), reference) > 10 * PARITY
+def test_features_of_other_settings_equal_transformers(make_text, error_of):
+    """Stable Diffusion 2.1's kind of encoder."""
+    port = make_text(hidden_act="gelu", num_hidden_layers=2, num_attention_heads=2, layer_norm_eps=1e-3)
+    reference = hidden_states(port).last_hidden_state
+    assert error_of(port.run(last_features, IDS), reference) <= PARITY
+    for change in ({"hidden_act": "quick_gelu"}, {"num_attention_heads": 4}):
+        assert error_of(port.replace(**change).run(last_features, IDS), reference) > 10 * PARITY
 
 
 def test_features_are_causal(tiny_text):
     changed = IDS.copy()
     changed[:, 6:] = (changed[:, 6:] + 1) % 100
-    one, two = (tiny_text.run(lambda model, ids: model(ids), jnp.asarray(ids)) for ids in (IDS, changed))
+    one, two = (np.asarray(tiny_text.run(all_features, ids, checked=True)[0]) for ids in (IDS, changed))
     np.testing.assert_array_equal(one[:, :6], two[:, :6])
     assert (np.abs(one[:, 6:] - two[:, 6:]).max(-1) > 1e-3).all()
 
@@ -160,30 +155,13 @@ def test_names_of_every_age_load(tiny_text, tmp_path, prefix):
     tensors = {prefix + name: value.contiguous() for name, value in state.items()}
     save_file(tensors | {prefix + "embeddings.position_ids": torch.arange(16)[None]}, tmp_path / "model.safetensors")
 
-    def make():
-        return CLIPTextModel(tiny_text.config, rngs=ShapeRngs())
-
-    _, params = checkpoint.load_params(make, [tmp_path / "model.safetensors"], rename=checkpoint.text_name)
-    expected = dict(nnx.to_flat_state(tiny_text.params))
-    for path, value in nnx.to_flat_state(params):
-        np.testing.assert_array_equal(value[...], expected.pop(path)[...])
-    assert not expected
-
-
-def test_eager_equals_jit(tiny_text, error_of):
-    eager = nnx.merge(tiny_text.graph, tiny_text.params)(jnp.asarray(IDS))
-    jitted = tiny_text.run(lambda model, ids: model(ids), jnp.asarray(IDS), options=None)
-    assert eager.shape == (2, 11, 32)
-    assert eager.dtype == jitted.dtype == jnp.float32
-    assert error_of(jitted, eager) <= 1e-5
+    assert_equal_trees(tiny_text.load([tmp_path / "model.safetensors"]), tiny_text.params)
 
 
 def test_bfloat16_is_close_to_float32(tiny_text, bfloat16_close):
-    config = dataclasses.replace(tiny_text.config, dtype=jnp.bfloat16)
-    graph = nnx.split(nnx.eval_shape(lambda: CLIPTextModel(config, rngs=ShapeRngs())))[0]
-    low = features(dataclasses.replace(tiny_text, graph=graph))
+    low = tiny_text.replace(dtype=jnp.bfloat16).run(last_features, IDS)
     assert low.dtype == jnp.bfloat16
-    bfloat16_close(low.astype(jnp.float32), features(tiny_text), tiny_text.params)
+    bfloat16_close(low.astype(jnp.float32), hidden_states(tiny_text).last_hidden_state, tiny_text.params)
 
 
 def test_bad_calls_are_refused(tiny_text):

@@ -7,33 +7,48 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from megjax.diffusion import layers, strips
+from megjax.diffusion.layers import ShapeRngs
 from megjax.diffusion.vae import AutoencoderKL, VAEConfig
 from megjax.diffusion.winograd import winograd
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def arrays(seed, *shapes):
     rng = np.random.default_rng(seed)
-    return tuple(jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    return tuple(jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes)
 
 
 def both(plain, fused, *args):
     """Values and gradients of a nonlinear function of both, largest difference against the largest value."""
 
-    def loss(fn):
-        return lambda *args: jnp.sum(jnp.sin(fn(*args)))
+    @jax.jit
+    def run(*args):
+        return [value_and_gradients(function, *args) for function in (plain, fused)]
 
-    values = [jax.jit(fn)(*args) for fn in (plain, fused)]
-    slopes = [jax.jit(jax.grad(loss(fn), range(len(args))))(*args) for fn in (plain, fused)]
-    for a, b in [values, *zip(*slopes, strict=True)]:
-        yield float(jnp.abs(a - b).max() / jnp.abs(a).max())
+    for a, b in zip(*jax.device_get(run(*args)), strict=True):
+        yield float(np.abs(a - b).max() / np.abs(a).max())
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 4, 8), (1, 3, 5, 2), (1, 1, 1, 3)])
+def value_and_gradients(function, *args):
+    def loss(*args):
+        value = function(*args)
+        return jnp.sum(jnp.sin(value)), value
+
+    (_, value), slopes = jax.value_and_grad(loss, range(len(args)), has_aux=True)(*args)
+    return value, *slopes
+
+
+@pytest.mark.parametrize("shape", [slow((2, 4, 4, 8)), (1, 3, 5, 2), slow((1, 1, 1, 3))])
 def test_doubling_by_phases(shape):
     args = arrays(0, shape, (3, 3, shape[-1], 6))
-    assert layers._double_by_phases(*args).shape == (shape[0], 2 * shape[1], 2 * shape[2], 6)
     assert max(both(layers._double, layers._double_by_phases, *args)) < 1e-5
 
 
@@ -42,12 +57,14 @@ def test_one_product():
     assert max(both(layers._convolve, layers._one_product, *args)) < 1e-5
 
 
-@pytest.mark.parametrize("way", [winograd, layers._one_product, layers._added_taps])
-@pytest.mark.parametrize("height", [3, 4, 7])
+@pytest.mark.parametrize(
+    ("way", "height"),
+    [slow(winograd, 4), slow(winograd, 7), (layers._one_product, 4), (layers._added_taps, 3)],
+)
 def test_rows_that_are_not_padded(way, height):
     args = arrays(6, (2, height, 5, 8), (3, 3, 8, 6))
     plain, fused = partial(layers._convolve, pad_rows=False), partial(way, pad_rows=False)
-    assert fused(*args).shape == (2, height - 2, 5, 6)
+    assert jax.eval_shape(fused, *args).shape == (2, height - 2, 5, 6)
     assert max(both(plain, fused, *args)) < 1e-5
 
 
@@ -57,8 +74,10 @@ def few(monkeypatch, rows):
     monkeypatch.setattr(strips, "_ELEMENTS_OF_A_STRIP", rows * 4 * 8)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 6])
-@pytest.mark.parametrize("make", [layers.conv, layers.narrow_conv])
+@pytest.mark.parametrize(
+    ("make", "rows"),
+    [slow(layers.conv, 1), (layers.conv, 4), slow(layers.conv, 6), slow(layers.narrow_conv, 4)],
+)
 def test_normalised_convolution_in_strips(monkeypatch, rows, make):
     options = (3, jnp.float32, nnx.Rngs(1)) if make is layers.conv else (jnp.float32, nnx.Rngs(1))
     layer, norm = make(8, 5, *options), layers.GroupNorm(8, 2, 1e-5, rngs=nnx.Rngs(0))
@@ -85,59 +104,71 @@ def test_gradients_of_a_norm_in_strips(monkeypatch):
     x, norm.scale[...], norm.bias[...], weights = arrays(11, (2, 6, 4, 8), (8,), (8,), (2, 6, 4, 5))
     graph, state = nnx.split(norm)
 
-    def loss(state):
-        return (weights * layers.norm_silu_conv(nnx.merge(graph, state), layer, x)).sum()
+    def gradients():
+        def loss(state):
+            return (weights * layers.norm_silu_conv(nnx.merge(graph, state), layer, x)).sum()
 
-    plain = jax.grad(loss)(state)
+        return jax.jit(jax.grad(loss))
+
+    plain = jax.tree.leaves(gradients()(state))
     few(monkeypatch, 2)
-    assert "while" in jax.jit(lambda state: loss(state)).lower(state).as_text()
-    for found, expected in zip(*map(jax.tree.leaves, (jax.grad(lambda s: loss(s))(state), plain)), strict=True):
-        assert jnp.abs(expected).max() > 0.1
+    in_strips = gradients().lower(state)
+    assert "while" in in_strips.as_text()
+    for found, expected in zip(jax.tree.leaves(in_strips.compile()(state)), plain, strict=True):
+        assert np.abs(expected).max() > 0.1
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [slow(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
 def test_wide_convolution_in_strips(monkeypatch, dtype, tolerance):
     """Winograd's in float32; the last strip of seven rows makes some again."""
     monkeypatch.setattr(strips, "MANY_ELEMENTS", 1)
     monkeypatch.setattr(strips, "_ELEMENTS_OF_A_STRIP", 4 * 5 * 64)
     layer, norm = layers.conv(64, 64, 3, dtype, nnx.Rngs(1)), layers.GroupNorm(64, 8, 1e-5, dtype, rngs=nnx.Rngs(0))
     (x,) = arrays(10, (2, 7, 5, 64))
-    found = layers.norm_silu_conv(norm, layer, x.astype(dtype))
+
+    @jax.jit
+    def run(x):
+        return layers.norm_silu_conv(norm, layer, x.astype(dtype)), layer(nnx.silu(norm(x)))
+
+    found, expected = run(x)
     assert found.dtype == dtype and found.shape == x.shape
-    np.testing.assert_allclose(found.astype(jnp.float32), layer(nnx.silu(norm(x))), atol=tolerance)
+    np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=tolerance)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize("rows", [slow(1), slow(3), 4])
 def test_doubling_in_strips(monkeypatch, rows):
-    args = arrays(8, (2, 6, 4, 8), (3, 3, 8, 5), (5,))
+    args, by_strips = arrays(8, (2, 6, 4, 8), (3, 3, 8, 5), (5,)), layers._double_by_strips
     few(monkeypatch, rows)
-    assert "while" in jax.jit(layers.double).lower(*args).as_text()
+    monkeypatch.setattr(layers, "_double_by_strips", lambda *args: by_strips(*args))  # never traced before
+    assert "while" in jax.jit(lambda *args: layers.double(*args)).lower(*args).as_text()
     plain = lambda x, kernel, bias: layers._double(x, kernel) + bias[None, None, None]  # noqa: E731
     assert max(both(plain, layers.double, *args)) < 1e-5
 
 
 def test_a_decoder_takes_strips_only_of_large_images(monkeypatch):
-    vae = AutoencoderKL(VAEConfig(block_out_channels=(8,), norm_num_groups=2), rngs=nnx.Rngs(0))
-    decode = lambda z: vae.decode(z)  # noqa: E731
-    (z,) = arrays(9, (1, 6, 4, 4))
-    plain, text = decode(z), jax.jit(decode).lower(z).as_text()
+    vae = nnx.eval_shape(lambda: AutoencoderKL(VAEConfig(block_out_channels=(8,), norm_num_groups=2), rngs=ShapeRngs()))
+    graph, params = nnx.split(vae)
+    z = jax.ShapeDtypeStruct((1, 6, 4, 4), jnp.float32)
+
+    def program():
+        return jax.jit(lambda params, z: nnx.merge(graph, params).decode(z)).lower(params, z).as_text()
+
+    plain = program()
     few(monkeypatch, 2)
-    assert "while" not in text and "while" in jax.jit(lambda z: decode(z)).lower(z).as_text()
-    np.testing.assert_allclose(jax.jit(lambda z: decode(z))(z), plain, atol=1e-5)
+    assert "while" not in plain and "while" in program()
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 6, 8), (1, 5, 3, 2), (1, 1, 1, 3), (1, 2, 7, 4)])
+@pytest.mark.parametrize("shape", [(2, 4, 7, 8), slow((1, 5, 6, 2)), slow((1, 1, 1, 3))])
 def test_winograd(shape):
-    rng = np.random.default_rng(5)
-    x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    kernel = jnp.asarray(rng.standard_normal((3, 3, shape[-1], 6)), jnp.float32)
-    assert winograd(x, kernel).shape == (*shape[:3], 6)
-    assert max(both(layers._convolve, winograd, x, kernel)) < 1e-5
+    args = arrays(5, shape, (3, 3, shape[-1], 6))
+    assert max(both(layers._convolve, winograd, *args)) < 1e-5
     # Nothing but rounding: in float64 both are the same.
     with jax.enable_x64(True):
-        x, kernel = (jnp.asarray(np.asarray(value), jnp.float64) for value in (x, kernel))
-        np.testing.assert_allclose(winograd(x, kernel), layers._convolve(x, kernel), rtol=0, atol=1e-12)
+        exact = [np.asarray(value, np.float64) for value in args]
+        found, expected = jax.jit(lambda *args: (winograd(*args), layers._convolve(*args)))(*exact)
+    assert found.dtype == np.float64 and found.shape == (*shape[:3], 6)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -154,15 +185,19 @@ def test_winograd(shape):
 def test_every_way_of_a_convolution(monkeypatch, batch, side, inputs, outputs, name):
     """Which way is taken, and that it gives what the plain one gives."""
     monkeypatch.setattr(layers, "_TILE_BYTES", 5 * 16 * 8 * 8 * 64)
-    way, taken = getattr(layers, name), []
+    plain, way, taken = layers._convolve, getattr(layers, name), []
     monkeypatch.setattr(layers, name, lambda *args, **options: (taken.append(name), way(*args, **options))[1])
-    layer = layers.conv(inputs, outputs, 3, jnp.float32, nnx.Rngs(0))
-    layer.bias[...] = jnp.arange(float(outputs))
-    x = jax.random.normal(jax.random.key(side), (batch, side, side, inputs))
-    np.testing.assert_allclose(layer(x), nnx.Conv.__call__(layer, x), rtol=1e-4, atol=1e-4)
+    args = arrays(side, (batch, side, side, inputs), (3, 3, inputs, outputs))
+
+    @jax.jit
+    def run(x, kernel):
+        kernel /= 3 * np.float32(np.sqrt(inputs))
+        return layers.conv3x3(x, kernel), plain(x, kernel)
+
+    np.testing.assert_allclose(*run(*args), rtol=1e-4, atol=1e-4)
     assert taken
-    half = layers.conv(inputs, outputs, 3, jnp.bfloat16, nnx.Rngs(0))
-    assert half(x).dtype == jnp.bfloat16
+    half = (jax.ShapeDtypeStruct(value.shape, jnp.bfloat16) for value in args)
+    assert jax.eval_shape(lambda *args: layers.conv3x3(*args), *half).dtype == jnp.bfloat16
 
 
 def test_other_convolutions_are_plain():
@@ -171,40 +206,44 @@ def test_other_convolutions_are_plain():
 
 
 def test_doubling_of_very_many_channels():
-    up = layers.Upsample2D(1024, jnp.float32, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (1, 5, 4, 1024))
-    np.testing.assert_allclose(up(x), layers._double(x, up.conv.kernel[...]), atol=1e-4)
+    args = arrays(14, (1, 5, 4, 1024), (3, 3, 1024, 64), (64,))
+
+    @jax.jit
+    def run(x, kernel, bias):
+        kernel /= 3 * np.float32(np.sqrt(1024))
+        return layers.double(x, kernel, bias), layers._double(x, kernel) + bias[None, None, None]
+
+    np.testing.assert_allclose(*run(*args), atol=1e-4)
 
 
-@pytest.mark.parametrize("outputs", [1, 3, 4])
+@pytest.mark.parametrize("outputs", [slow(1), 3, slow(4)])
 def test_added_taps(outputs):
-    rng = np.random.default_rng(1)
-    x = jnp.asarray(rng.standard_normal((2, 5, 7, 8)), jnp.float32)
-    kernel = jnp.asarray(rng.standard_normal((3, 3, 8, outputs)), jnp.float32)
-    assert max(both(layers._convolve, layers._added_taps, x, kernel)) < 1e-5
+    assert max(both(layers._convolve, layers._added_taps, *arrays(1, (2, 5, 7, 8), (3, 3, 8, outputs)))) < 1e-5
 
 
-def test_layers_are_the_plain_ones_with_bias_and_dtype():
-    x = jax.random.normal(jax.random.key(0), (1, 4, 6, 8))
-    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)):
-        up = layers.Upsample2D(8, dtype, rngs=nnx.Rngs(0))
-        narrow = layers.narrow_conv(8, 3, dtype, nnx.Rngs(1))
-        for layer, wide in ((up, jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)), (narrow, x)):
-            plain = getattr(layer, "conv", layer)
-            plain.bias[...] = jax.random.normal(jax.random.key(1), plain.bias[...].shape)
-            expected = nnx.Conv.__call__(plain, wide)
-            found = layer(x)
-            assert found.dtype == expected.dtype == dtype
-            assert float(jnp.abs(found - expected).max()) < tolerance * float(jnp.abs(expected).max())
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
+def test_layers_are_the_plain_ones_with_bias_and_dtype(dtype, tolerance):
+    x, *biases = arrays(0, (1, 4, 6, 8), (8,), (3,))
+    up, narrow = layers.Upsample2D(8, dtype, rngs=nnx.Rngs(0)), layers.narrow_conv(8, 3, dtype, nnx.Rngs(1))
+    up.conv.bias[...], narrow.bias[...] = biases
+
+    @jax.jit
+    def run(x):
+        return (up(x), nnx.Conv.__call__(up.conv, layers._repeat(x))), (narrow(x), nnx.Conv.__call__(narrow, x))
+
+    for found, expected in run(x):
+        assert found.dtype == expected.dtype == dtype
+        assert np.abs(found - expected).max() < tolerance * np.abs(expected).max()
 
 
 def test_other_sizes_are_taken_as_they_are():
-    up, x = layers.Upsample2D(4, jnp.float32, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (1, 3, 3, 4))
-    assert up(x, (5, 6)).shape == (1, 5, 6, 4)
-    np.testing.assert_allclose(up(x, (6, 6)), up(x), rtol=1e-6)
+    up, (x,) = layers.Upsample2D(4, jnp.float32, rngs=nnx.Rngs(0)), arrays(15, (1, 3, 3, 4))
+    other, doubled, plain = jax.jit(lambda x: (up(x, (5, 6)), up(x, (6, 6)), up(x)))(x)
+    assert other.shape == (1, 5, 6, 4)
+    np.testing.assert_allclose(doubled, plain, rtol=1e-6)
 
 
-@pytest.mark.parametrize("part", [1, 3, 7])
+@pytest.mark.parametrize("part", [slow(1), 3, 7])
 def test_attention_of_float32_by_parts_of_queries(monkeypatch, part):
     """The last part is short; half precision is left to the compiler."""
     args = arrays(12, (2, 7, 3, 4), (2, 5, 3, 4), (2, 5, 3, 4))
@@ -212,7 +251,7 @@ def test_attention_of_float32_by_parts_of_queries(monkeypatch, part):
     monkeypatch.setattr(layers, "LOGITS_AT_ONCE", part * 2 * 3 * 5)
     assert ("while" in jax.jit(parts).lower(*args).as_text()) == (part < 7)
     assert max(both(plain, parts, *args)) < 1e-5
-    half = [x.astype(jnp.bfloat16) for x in args]
+    half = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in args)
     assert "while" not in jax.jit(parts).lower(*half).as_text()
 
 
@@ -240,31 +279,24 @@ def test_winograd_is_traced_once_a_shape(monkeypatch):
     assert len(traced) == 1 and program.as_text().count("call @count") == 2
 
 
-@pytest.mark.parametrize(("queries", "keys", "of_a_part"), [(600, 512, 2**17), (1030, 300, 2**17), (4, 2**17, 2**19)])
+@pytest.mark.parametrize(("queries", "keys", "of_a_part"), [(1030, 300, 1 << 17), slow(4, 1 << 17, 1 << 19)])
 def test_attention_in_parts(monkeypatch, queries, keys, of_a_part):
     """Also with a last part that is not full, and with gradients."""
     monkeypatch.setattr(layers, "_LOGITS_OF_A_PART", of_a_part)
     assert queries * keys >= layers.MANY_LOGITS
-    rng = np.random.default_rng(2)
-    q, k, v = (jnp.asarray(rng.standard_normal((1, n, 2, 4)), jnp.float32) for n in (queries, keys, keys))
-
-    def loss(fn):
-        return lambda *args: jnp.sum(jnp.sin(fn(*args)))
-
-    plain, parts = jax.nn.dot_product_attention, layers._attend_in_parts
-    found = [(jax.jit(plain)(q, k, v), jax.jit(parts)(q, k, v))]
-    found += zip(*(jax.jit(jax.grad(loss(fn), (0, 1, 2)))(q, k, v) for fn in (plain, parts)), strict=True)
-    for a, b in found:
-        assert float(jnp.abs(a - b).max()) < 2e-5 * float(jnp.abs(a).max())
+    args = arrays(2, *((1, number, 2, 4) for number in (queries, keys, keys)))
+    assert max(both(jax.nn.dot_product_attention, layers._attend_in_parts, *args)) < 2e-5
 
 
 def test_bfloat16_attention_in_parts():
-    rng = np.random.default_rng(3)
-    whole = [jnp.asarray(rng.standard_normal((1, 600, 2, 8)), jnp.float32) for _ in range(3)]
-    half = layers._attend_in_parts(*(x.astype(jnp.bfloat16) for x in whole))
+    @jax.jit
+    def run(*whole):
+        half = layers._attend_in_parts(*(x.astype(jnp.bfloat16) for x in whole))
+        return half, jax.nn.dot_product_attention(*whole)
+
+    half, exact = run(*arrays(3, *[(1, 600, 2, 8)] * 3))
     assert half.dtype == jnp.bfloat16
-    exact = jax.nn.dot_product_attention(*whole)
-    assert float(jnp.abs(half - exact).max()) < 0.03 * float(jnp.abs(exact).max())
+    assert np.abs(half - exact).max() < 0.03 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize(
@@ -272,12 +304,11 @@ def test_bfloat16_attention_in_parts():
 )
 def test_a_gpu_has_fused_attention_in_half_precision(monkeypatch, size, dtype, fused):
     """In the program for a GPU, made without one: JAX's questions to cuDNN are answered here."""
-    cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for tokens in (64, 1024):
-        x = jnp.ones((1, tokens, 2 * size), dtype)
+        x = jax.ShapeDtypeStruct((1, tokens, 2 * size), dtype)
         program = jax.jit(lambda x: layers.attend(x, x, x, 2)).trace(x).lower(lowering_platforms=("cuda",))
         assert ("fmhaSoftmax" in program.as_text()) == fused

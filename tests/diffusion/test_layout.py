@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -22,9 +20,13 @@ from megjax.diffusion.schedules import CLASS_NAMES, SchedulerConfig
 from megjax.diffusion.tokenization import load_tokenizer, train_tokenizer
 from megjax.diffusion.unet import UNet2DConditionModel, UNetConfig
 from megjax.diffusion.vae import AutoencoderKL, VAEConfig
+from tests.checks import assert_equal_trees
+from tests.diffusion.published import SD_15
+
+pytestmark = pytest.mark.usefixtures("module_unchecked")
 
 LIMIT = 8
-# model_index.json and scheduler_config.json as Stable Diffusion 1.5 was published.
+# model_index.json as Stable Diffusion 1.5 was published.
 SD_15_INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": "0.6.0",
@@ -35,19 +37,6 @@ SD_15_INDEX = {
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
-}
-SD_15_SCHEDULER = {
-    "_class_name": "PNDMScheduler",
-    "_diffusers_version": "0.6.0",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
-    "clip_sample": False,
 }
 # The files of a repository of the hub, as Stable Diffusion 1.5's.
 HUB_FILES = [
@@ -92,7 +81,7 @@ HUB_WEIGHTS = {
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, random_params):
+def whole(tmp_path_factory, random_params, module_unchecked):
     """A complete folder with the smallest of networks."""
     tokens = tmp_path_factory.mktemp("tokenizer")
     tokenizer = train_tokenizer(["a red house", "a green tree"] * 5, tokens, vocab_size=600, max_tokens=LIMIT)
@@ -115,7 +104,7 @@ def whole(tmp_path_factory, random_params):
         attention_head_dim=2,
     )
     vae = VAEConfig(block_out_channels=(8,), norm_num_groups=4)
-    configs = Configs(text, unet, vae, SchedulerConfig.from_dict(SD_15_SCHEDULER))
+    configs = Configs(text, unet, vae, SchedulerConfig.from_dict(SD_15))
     parts = {
         "text_encoder": random_params(lambda: CLIPTextModel(text, rngs=ShapeRngs())),
         "unet": random_params(lambda: UNet2DConditionModel(unet, rngs=ShapeRngs())),
@@ -183,9 +172,15 @@ def test_fp16_and_bfloat16_folders_open(whole, tmp_path):
         name = np.dtype(dtype).name
         model.save_pretrained(tmp_path / name, dtype=dtype, variant="fp16")
         again = StableDiffusion.from_pretrained(tmp_path / name)
-        for mine, theirs in zip(jax.tree.leaves(model.params), jax.tree.leaves(again.params), strict=True):
-            assert theirs.dtype == np.float32
-            assert np.array_equal(np.asarray(mine).astype(dtype).astype(np.float32), theirs)
+        assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(again.params))
+        rounded = jax.tree.map(lambda x, dtype=dtype: np.asarray(x).astype(dtype).astype(np.float32), model.params)
+        assert_equal_trees(again.params, rounded)
+
+
+def test_parameters_and_activations_take_the_types_asked_for(whole):
+    low = StableDiffusion.from_pretrained(whole, jax.numpy.bfloat16, param_dtype=jax.numpy.bfloat16)
+    assert all(leaf.dtype == jax.numpy.bfloat16 for leaf in jax.tree.leaves(low.params))
+    assert low.configs.unet.dtype == low.configs.text_encoder.dtype == low.configs.vae.dtype == jax.numpy.bfloat16
 
 
 def test_sd_15_index_is_accepted(folder):
@@ -202,14 +197,15 @@ def test_written_index_names_every_component(folder):
     assert {part: index[part] for part in layout.COMPONENTS} == {part: SD_15_INDEX[part] for part in layout.COMPONENTS}
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./no/such", "~/no such", "scene", "a/b/c", "", "sceens"])
-def test_no_such_model(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    fails(name, re.escape(name))
+@pytest.mark.parametrize("name", ["/no/such/folder", "./no/such", "~/no such", "scene", "a/b/c", "sceens"])
+def test_no_such_model(name):
+    fails(name, f"model {re.escape(repr(name))} is no folder")
 
 
-def test_folder_without_index(tmp_path):
+def test_folder_without_index(tmp_path, monkeypatch):
     fails(tmp_path, r"model_index\.json does not exist")
+    monkeypatch.chdir(tmp_path)
+    fails("", r"model_index\.json does not exist")
 
 
 @pytest.mark.parametrize(
@@ -376,13 +372,3 @@ def test_unsupported_dtypes(whole, option):
 def test_unknown_variant(whole):
     with pytest.raises(ValueError, match=r"holds no model\.fp32\.safetensors"):
         StableDiffusion.from_pretrained(whole, variant="fp32")
-
-
-def test_exported_lazily():
-    code = (
-        "import sys, megjax; assert 'jax' not in sys.modules and 'transformers' not in sys.modules;"
-        "from megjax.diffusion.pipeline import StableDiffusion;"
-        "assert megjax.StableDiffusion is megjax.FlaxStableDiffusion is StableDiffusion"
-    )
-    root = Path(layout.__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)

@@ -45,7 +45,14 @@ def test_mean_does_not_depend_on_the_size():
     assert abs(np.mean(small) - np.mean(large)) < 4 * np.sqrt((np.var(small) + np.var(large)) / 300)
 
 
-@pytest.mark.parametrize(("shift", "subset_size", "num_subsets"), [(0.5, 40, 20), (0.5, 10, 4), (0.0, 40, 20)])
+@pytest.mark.parametrize(
+    ("shift", "subset_size", "num_subsets"),
+    [
+        (0.5, 10, 4),
+        pytest.param(0.5, 40, 20, marks=pytest.mark.slow),
+        pytest.param(0.0, 40, 20, marks=pytest.mark.slow),
+    ],
+)
 def test_standard_error_is_the_spread_of_repeated_experiments(shift, subset_size, num_subsets):
     rng = np.random.default_rng(3)
     options = dict(num_subsets=num_subsets, subset_size=subset_size)
