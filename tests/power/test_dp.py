@@ -25,7 +25,7 @@ from megjax.power import (
 )
 from megjax.power.dp import markov_law
 
-T, EPISODES = 16, 20_000
+T, EPISODES = 16, 2**14
 RHO = 0.9
 UNEQUAL = np.geomspace(4, 0.1, T)
 POWER = jax.jit(jax.vmap(lambda policy, gains, problem: policy.allocate(gains, problem), (None, 0, None)))
@@ -34,8 +34,8 @@ OPTIMUM = functools.cache(causal_optimum)
 
 
 @functools.cache
-def sample(fading, seed, episodes=EPISODES):
-    keys = jax.random.split(jax.random.key(seed), episodes)
+def sample(fading, seed):
+    keys = jax.random.split(jax.random.key(seed), EPISODES)
     return jax.jit(jax.vmap(lambda key: squared_magnitude(fading.sample(key, T))))(keys)
 
 
@@ -63,7 +63,10 @@ def test_reference_values(snr_db, expected):
         np.testing.assert_allclose(values.mean(), reference, rtol=0, atol=3 * both + 5e-4)
 
 
-@pytest.mark.parametrize("fading", [RayleighFading(), GaussMarkovFading(RHO)])
+CHAIN = pytest.param(GaussMarkovFading(RHO), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("fading", [RayleighFading(), CHAIN])
 @pytest.mark.parametrize(("snr_db", "weights"), [(0.0, None), (10.0, UNEQUAL)])
 def test_the_expected_return_is_that_of_simulation(fading, snr_db, weights):
     problem = power_problem(snr_db, T, weights)
@@ -74,8 +77,18 @@ def test_the_expected_return_is_that_of_simulation(fading, snr_db, weights):
     )
 
 
-def never_beaten(fading, weights, episodes):
-    law, optimum = gain_law(RayleighFading()), OPTIMUM(fading)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fading", "weights", "snr_db"),
+    [
+        (RayleighFading(), None, -10.0),
+        (RayleighFading(), UNEQUAL, 10.0),
+        (GaussMarkovFading(RHO), None, 10.0),
+        (GaussMarkovFading(RHO), UNEQUAL, -10.0),
+    ],
+)
+def test_no_causal_policy_beats_the_optimum(fading, weights, snr_db):
+    law = gain_law(RayleighFading())
     others = [
         EqualPower(),
         StaticPower(load_table(law)),
@@ -84,28 +97,11 @@ def never_beaten(fading, weights, episodes):
         Waterfilling(law),
         OPTIMUM(RayleighFading()),
     ]
-    for snr_db in (-10.0, 10.0):
-        problem, gains = power_problem(snr_db, T, weights), sample(fading, 4, episodes)
-        best = returns(optimum, gains, problem)
-        for other in others:
-            ahead = best - returns(other, gains, problem)
-            assert ahead.mean() >= -3 * standard_error(ahead), type(other).__name__
-
-
-FADINGS = [RayleighFading(), GaussMarkovFading(RHO)]
-
-
-@pytest.mark.parametrize("weights", [None, UNEQUAL], ids=["equal", "unequal"])
-@pytest.mark.parametrize("fading", FADINGS)
-def test_no_causal_policy_beats_the_optimum(fading, weights):
-    never_beaten(fading, weights, EPISODES)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("weights", [None, UNEQUAL], ids=["equal", "unequal"])
-@pytest.mark.parametrize("fading", FADINGS)
-def test_no_causal_policy_beats_the_optimum_in_many_transmissions(fading, weights):
-    never_beaten(fading, weights, 100_000)
+    problem, gains = power_problem(snr_db, T, weights), sample(fading, 4)
+    best = returns(OPTIMUM(fading), gains, problem)
+    for other in others:
+        ahead = best - returns(other, gains, problem)
+        assert ahead.mean() >= -3 * standard_error(ahead), type(other).__name__
 
 
 @pytest.mark.parametrize("max_power", [np.inf, 1.2])
@@ -161,6 +157,7 @@ def test_the_markov_chain_has_the_law_and_the_correlation_of_the_gains(rho):
     np.testing.assert_allclose([mean, variance, correlation], [1, 1, rho**2], atol=4 * grid)
 
 
+@pytest.mark.slow
 def test_without_correlation_the_chain_and_the_law_give_one_optimum():
     problem, gains = power_problem(0.0, T), sample(RayleighFading(), 2)
     chain = returns(CausalOptimum(markov_law(GaussMarkovFading(0.0))), gains, problem)
@@ -172,9 +169,9 @@ def test_without_correlation_the_chain_and_the_law_give_one_optimum():
 
 def test_power_at_is_what_allocate_spends_first():
     optimum, problem = OPTIMUM(RayleighFading()), power_problem(0.0, T)
-    gains = sample(RayleighFading(), 2)[:2]
-    first = jnp.stack([optimum.power_at(gain, problem.energy, 0, problem) for gain in gains[:, 0]])
-    np.testing.assert_allclose(POWER(optimum, gains, problem)[:, 0], first, rtol=1e-5, atol=1e-6)
+    gains = sample(RayleighFading(), 2)
+    power_at = jax.jit(jax.vmap(lambda gain: optimum.power_at(gain, problem.energy, 0, problem)))
+    np.testing.assert_allclose(POWER(optimum, gains, problem)[:, 0], power_at(gains[:, 0]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Tests of the power-control environment: gymnax's protocol, rewards, what is observed, bad parameters."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,12 @@ from megjax.channel import ImperfectCSI, NoFading, RayleighFading
 from megjax.channel.numerics import squared_magnitude
 from megjax.power import PowerControl, weighted_errors
 from megjax.power.environment import observation_size, share_of_offset
+from tests.checks import within_standard_error
 
-BLOCKS = 5
+pytestmark = pytest.mark.usefixtures("fast_compile")
+BLOCKS, EPISODES = 5, 2048
 WEIGHTS = np.array([2.0, 1.5, 1.0, 0.5, 0.0])
+EQUAL = {"weights": np.ones((2, 2, BLOCKS)), "weight_grid_db": np.array([0.0, 10.0])}
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +30,20 @@ def params(env):
 
 
 @pytest.fixture(scope="module")
-def step(env):
-    return jax.jit(env.step)
+def begin(env):
+    """`begin(seed, params)`: 2,048 episodes."""
+    run = jax.jit(jax.vmap(env.begin, (0, None)))
+    return lambda seed, params: run(jax.random.split(jax.random.key(seed), EPISODES), params)
 
 
-def play(env, params, step, shares, seed=0):
-    """Observations, rewards, dones and the state before the last step of one episode with these shares."""
-    obs, state = jax.jit(env.reset)(jax.random.key(seed), params)
+@pytest.fixture(scope="module")
+def play(env):
+    """`play(params, shares)`: observations, rewards, dones and states of one episode with these shares."""
+    return functools.partial(play_episode, jax.jit(env.reset), jax.jit(env.step))
+
+
+def play_episode(reset, step, params, shares):
+    obs, state = reset(jax.random.key(0), params)
     seen, rewards, dones, states = [obs], [], [], [state]
     for i, share in enumerate(shares):
         obs, state, reward, done, _ = step(jax.random.key(100 + i), state, jnp.array([share], jnp.float32), params)
@@ -42,9 +54,9 @@ def play(env, params, step, shares, seed=0):
     return seen, rewards, dones, states
 
 
-def test_an_episode_is_rewarded_with_the_weighted_errors_of_its_powers(env, params, step):
+def test_an_episode_is_rewarded_with_the_weighted_errors_of_its_powers(env, params, play):
     shares = [0.3, 0.1, 0.7, 0.5, 0.2]
-    seen, rewards, dones, states = play(env, params, step, shares)
+    seen, rewards, dones, states = play(params, shares)
     power, left = [], float(BLOCKS)
     for share in [*shares[:-1], 1.0]:  # the last block takes the rest
         power.append(share * left)
@@ -61,9 +73,9 @@ def test_an_episode_is_rewarded_with_the_weighted_errors_of_its_powers(env, para
         assert np.all(np.isfinite(obs))
 
 
-def test_shares_are_clipped_and_the_peak_holds(env, step):
+def test_shares_are_clipped_and_the_peak_holds(env, play):
     params = env.make_params(snr_db=(0.0, 0.0), max_power=1.5)
-    _, _, _, states = play(env, params, step, [7.0, -1.0, 0.0, 0.0])
+    _, _, _, states = play(params, [7.0, -1.0, 0.0, 0.0])
     np.testing.assert_allclose(states[-1].power, [1.5, 0, 0, 0, 0])
     last, _ = env.advance(states[-1], jnp.float32(0))
     np.testing.assert_allclose(last.power, [1.5, 0, 0, 0, 1.5])  # of the 3.5 that are left
@@ -78,44 +90,35 @@ def test_spaces_hold_what_they_describe(env, params):
     assert env.default_params.weights.shape == (1, 1, BLOCKS)
 
 
-def test_snrs_and_weights_are_drawn_as_told(env):
+def test_snrs_and_weights_are_drawn_as_told(env, begin):
     table = np.stack([np.ones((2, BLOCKS)), [[4, 1, 0, 0, 0], [0, 0, 0, 1, 4]]]).astype(float)
     params = env.make_params(snr_db=(0.0, 10.0), weights=table, weight_grid_db=np.array([0.0, 10.0]))
-    episodes = jax.jit(jax.vmap(env.begin, (0, None)))(jax.random.split(jax.random.key(2), 4000), params)
-    snr_db = 10 * np.log10(np.asarray(episodes.problem.snr))
+    problem = begin(2, params).problem
+    snr_db, weights = 10 * np.log10(np.asarray(problem.snr)), np.asarray(problem.weights)
     assert snr_db.min() >= -1e-4 and snr_db.max() <= 10 + 1e-4
-    assert abs(snr_db.mean() - 5) < 4 * snr_db.std() / np.sqrt(4000)
-    weights = np.asarray(episodes.problem.weights)
+    within_standard_error(snr_db, 5.0)
     np.testing.assert_allclose(weights.mean(1), 1, rtol=1e-5)
     equal = np.all(np.isclose(weights, 1, atol=1e-5), axis=1)
-    assert abs(equal.mean() - 0.5) < 4 * 0.5 / np.sqrt(4000)
+    within_standard_error(equal, 0.5)
     expected = np.interp(snr_db[~equal], [0, 10], [4, 0])  # of block 1, the sum being 5
     np.testing.assert_allclose(weights[~equal, 0], expected, rtol=1e-3, atol=1e-3)
 
 
-def test_spread_weights_differ_between_episodes(env):
-    params = env.make_params(weight_spread=0.5)
-    keys = jax.random.split(jax.random.key(3), 500)
-    weights = np.log(np.asarray(jax.jit(jax.vmap(env.begin, (0, None)))(keys, params).problem.weights))
-    inside = (weights - weights.mean(1, keepdims=True)).std() * np.sqrt(BLOCKS / (BLOCKS - 1))
-    assert inside == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(2 * 500 * (BLOCKS - 1)))
+def test_spread_weights_differ_between_episodes(env, begin):
+    weights = np.log(np.asarray(begin(3, env.make_params(**EQUAL, weight_spread=0.5)).problem.weights))
+    variance = np.square(weights - weights.mean(1, keepdims=True)).sum(1) / (BLOCKS - 1)
+    within_standard_error(variance, 0.25)
 
 
-def test_estimated_gains_count_their_error_as_noise(env):
-    params = env.make_params(RayleighFading(), (5.0, 5.0), csi=ImperfectCSI(pilot_power=1.0, num_pilots=2))
+def test_estimated_gains_count_their_error_as_noise_and_may_be_late(env):
+    params = env.make_params(RayleighFading(), (5.0, 5.0), csi=ImperfectCSI(1.0, num_pilots=2, delay_blocks=1))
     episode = jax.jit(env.begin)(jax.random.key(4), params)
     power = jnp.array([2.0, 1.0, 0.5, 1.0, 0.5])
     noise = 10**-0.5 + np.asarray(power) / (1 + 2 * 10**0.5)
-    expected = 1 / (1 + np.asarray(power * episode.received) / noise)
+    expected = np.asarray(params.weights[0, 0]) / (1 + np.asarray(power * episode.received) / noise)
     np.testing.assert_allclose(env.errors(episode, power), expected, rtol=1e-5)
-    np.testing.assert_array_equal(episode.known, episode.received)
-    assert not np.allclose(episode.known, squared_magnitude(episode.gains))
-
-
-def test_delayed_knowledge_is_the_gain_of_the_block_before(env):
-    params = env.make_params(RayleighFading(), (5.0, 5.0), csi=ImperfectCSI(1e6, 1, delay_blocks=1))
-    episode = jax.jit(env.begin)(jax.random.key(5), params)
-    np.testing.assert_allclose(episode.known[1:], squared_magnitude(episode.gains)[:-1], rtol=1e-2, atol=1e-3)
+    np.testing.assert_array_equal(episode.known[1:], episode.received[:-1])
+    assert not np.allclose(episode.received, squared_magnitude(episode.gains))
 
 
 def test_history_is_of_the_past_only():
@@ -127,23 +130,22 @@ def test_history_is_of_the_past_only():
     np.testing.assert_allclose(rows[:, -1], [0, 0, *log_gains[:-2]], rtol=1e-5, atol=1e-6)
 
 
-def test_an_offset_of_zero_is_equal_power_at_equal_weights(env, step):
-    params = env.make_params(snr_db=(3.0, 3.0))
-    episode = jax.jit(env.begin)(jax.random.key(7), params)
+def test_an_offset_of_zero_is_equal_power_at_equal_weights(env, begin):
+    planned = begin(7, env.make_params(**EQUAL, snr_db=(3.0, 3.0))).features.share[0]
     left = BLOCKS - np.arange(BLOCKS)
-    shares = share_of_offset(episode.features.share, jnp.zeros(BLOCKS))
+    shares = share_of_offset(planned, jnp.zeros(BLOCKS))
     np.testing.assert_allclose(shares, 1 / left, rtol=1e-5)
     # u = 1 / (1 + (T - t - 1) exp(-a))
-    shares = share_of_offset(episode.features.share, jnp.full(BLOCKS, 0.7))
+    shares = share_of_offset(planned, jnp.full(BLOCKS, 0.7))
     np.testing.assert_allclose(shares, 1 / (1 + (left - 1) * np.exp(-0.7)), rtol=1e-5)
 
 
-def test_quality_is_paid_once_at_the_end(params, step):
+def test_quality_is_paid_once_at_the_end(params):
     def quality(key, gains, power, snr_db):
         return 100 * power[0] + snr_db
 
     env = PowerControl(BLOCKS, quality=quality)
-    _, rewards, _, states = play(env, params, jax.jit(env.step), [0.4, 0.5, 0.5, 0.5, 0.5])
+    _, rewards, _, states = play_episode(jax.jit(env.reset), jax.jit(env.step), params, [0.4, 0.5, 0.5, 0.5, 0.5])
     snr_db = 10 * np.log10(float(states[0].episode.problem.snr))
     assert rewards[:-1] == [0.0] * (BLOCKS - 1)
     assert rewards[-1] == pytest.approx(100 * 0.4 * BLOCKS + snr_db, rel=1e-5)

@@ -22,6 +22,7 @@ from megjax.channel.loading import mean_lmmse_error_awgn
 from megjax.power.laws import gain_law, load_table, mean_error, static_power
 from megjax.power.problem import power_problem
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
 SNRS = np.geomspace(1e-3, 1e4, 15).astype(np.float32)
 WEIGHTS = np.geomspace(8, 0.05, 12).astype(np.float32)
 POWER, LOAD = jax.jit(static_power), jax.jit(static_load, static_argnums=2)

@@ -1,40 +1,45 @@
 """The tiny scenes model with an untrained codec, and sweeps of it that take seconds."""
 
 import dataclasses
+import functools
 
 import jax
-import jaxtyping
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
-from megjax.codec import SeedCodec, SeedCodecConfig
-from megjax.codec.fitting import initial_network
-from megjax.sweep import SweepConfig, run_sweep
-from tests.eval.conftest import tiny_model  # noqa: F401 (a fixture)
+from megjax.data import scenes
+from megjax.diffusion.pipeline import StableDiffusion
+from megjax.metrics import SceneNet
+from megjax.sweep import SweepConfig, bench, run_sweep
 
 ABOUT = {"commit": "0123456789ab", "device": "a processor"}
 
 
-@pytest.fixture(scope="package", autouse=True)
-def fast_compile():
-    """Tiny models compile longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def flat_picture(key, scene, size):
+    """A picture of one colour, for `scenes.render`, whose pictures take long to compile."""
+    return jnp.broadcast_to(jax.random.uniform(key, (3,)), (size, size, 3))
 
 
-@pytest.fixture(scope="package")
-def tiny_codec(tmp_path_factory):
-    """Folder of a codec of latents [4 4 4]."""
-    folder = tmp_path_factory.mktemp("codec")
-    config = SeedCodecConfig(latent_shape=(4, 4, 4), tile=(4, 4), width=8, hidden=8, snr_steps=3, rate_steps=2)
-    latents = np.random.default_rng(0).normal(size=(500, 4, 4, 4)).astype(np.float32)
-    SeedCodec(initial_network(config, latents), latents[:20]).save_pretrained(folder, np.float32)
-    return folder
+@pytest.fixture(scope="session")
+def made_once():
+    """What every sweep makes anew serves all of them: models with their programs, classifiers and captions."""
+    makers = ((StableDiffusion, "from_pretrained"), (SceneNet, "load"), (bench, "scene_captions"))
+    return [(owner, name, functools.cache(getattr(owner, name))) for owner, name in makers]
 
 
-@pytest.fixture(scope="package")
-def config(tiny_model, tiny_codec):  # noqa: F811
+@pytest.fixture(scope="module", autouse=True)
+def quick_sweeps(made_once, fast_compile):
+    """Tiny models compile longer than they run, and so do their pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, maker in made_once:
+            patch.setattr(owner, name, maker)
+        patch.setattr(bench, "IMAGE_CODEC_SCENES", 20)
+        patch.setattr(scenes, "render", flat_picture)
+        yield
+
+
+@pytest.fixture(scope="session")
+def config(tiny_model, tiny_codec):
     """Four points, latents only."""
     return SweepConfig(
         schemes=("seed", "latent"),
@@ -51,13 +56,13 @@ def config(tiny_model, tiny_codec):  # noqa: F811
     )
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def latents(tmp_path_factory):
     """Folder that all sweeps share."""
     return tmp_path_factory.mktemp("latents")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def sweep(config, latents):
     """Run the small sweep with these changes in a folder."""
 
@@ -69,16 +74,8 @@ def sweep(config, latents):
     return run
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def result(sweep, tmp_path_factory):
     """Table and folder of the small sweep."""
     folder = tmp_path_factory.mktemp("result")
     return sweep(folder), folder
-
-
-@pytest.fixture
-def unchecked():
-    """Without the run-time check of annotations, which users do not have and which would hide the project's errors."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)

@@ -22,6 +22,7 @@ from megjax.sweep import read_points
 from megjax.system import codec_statistics
 from tests.sweep.conftest import ABOUT
 
+pytestmark = pytest.mark.usefixtures("module_unchecked")
 IMAGE_SCHEMES = ("seed", "latent", "split", "split-seed", "prompt", "centralized")
 
 
@@ -88,11 +89,12 @@ def test_points_hold_every_image(result):
 
 
 @pytest.fixture(scope="module")
-def pictured(sweep, tmp_path_factory):
+def pictured(module_unchecked, sweep, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictured")
     return sweep(folder, metrics="image", schemes=IMAGE_SCHEMES, snr_db=(10.0,), device_steps=(1,)), folder
 
 
+@pytest.mark.slow
 def test_images_are_compared(pictured):
     frame, folder = pictured
     assert frame.scheme.tolist() == list(IMAGE_SCHEMES)
@@ -107,6 +109,7 @@ def test_images_are_compared(pictured):
     assert all(len(row["psnr_db_values"]) == 6 and len(row["pictures"]) == 4 for row in read_points(folder))
 
 
+@pytest.mark.slow
 def test_as_many_pictures_from_small_batches(sweep, pictured, tmp_path):
     sweep(tmp_path, metrics="image", schemes=("latent",), snr_db=(10.0,), batch=2)
     (point,) = read_points(tmp_path)
@@ -114,6 +117,7 @@ def test_as_many_pictures_from_small_batches(sweep, pictured, tmp_path):
     assert len(point["pictures"]) == 4 and point["server_pictures"] == other["server_pictures"]
 
 
+@pytest.mark.slow
 def test_other_prompts_and_a_model_without_scenenet(sweep, config, tmp_path):
     model = shutil.copytree(config.models[0], tmp_path / "bare")
     shutil.rmtree(model / "scenenet")
@@ -133,7 +137,7 @@ def test_other_prompts_and_a_model_without_scenenet(sweep, config, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("batch", [1, 100])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 100])
 def test_numbers_do_not_depend_on_the_batch(result, sweep, tmp_path, batch):
     frame = sweep(tmp_path, batch=batch, snr_db=(10.0,))
     pd.testing.assert_frame_equal(frame, result[0].iloc[[1, 3]].reset_index(drop=True), rtol=1e-5)

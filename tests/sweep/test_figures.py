@@ -1,5 +1,6 @@
 """Tests of the results page: drawn from small sweeps of the tiny model, its costs and a short PPO run."""
 
+import dataclasses
 import re
 import shutil
 
@@ -15,36 +16,26 @@ from megjax.power.recipe import PRESETS, train_power
 from megjax.sweep import read_points
 from megjax.system import Resources
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("module_unchecked")]
+
 
 @pytest.fixture(scope="module")
-def sweeps(sweep, tiny_model, tiny_codec, tmp_path_factory):
+def sweeps(module_unchecked, sweep, tiny_model, tiny_codec, tmp_path_factory):
     """A folder with everything that the page is made of."""
     folder = tmp_path_factory.mktemp("sweeps")
-    modes, shown = ("equal_energy", "equal_power"), {"metrics": "image", "num_images": 4, "realisations": 1}
-    everything = ("seed", "latent", "centralized-coded")
-    sweep(folder / "images", schemes=everything, snr_db=(0.0,), modes=modes, rates=(2.0,), **shown)
-    sweep(folder / "latents", schemes=("seed", "latent", "opta"), rates=(1.0, 2.0), snr_db=(0.0,))
-    policies = {"schemes": ("seed",), "policies": ("equal", "static", "codec"), "modes": ("equal_power",)}
-    sweep(folder / "policies", rates=(2.0,), snr_db=(0.0,), **policies, **shown)
-    split = {
-        "schemes": ("split", "prompt", "latent"),
-        "device_steps": (1,),
-        "snr_db": (0.0,),
-        "modes": ("equal_energy",),
-    }
-    sweep(folder / "split", **split, **shown)
-    model = folder / "model"
-    shutil.copytree(tiny_model, model)
+    shown = {"metrics": "image", "snr_db": (10.0,), "device_steps": (1,)}
+    sweep(folder / "images", schemes=("seed", "latent", "centralized-coded"), **shown)
+    sweep(folder / "latents", schemes=("seed", "latent", "opta"))
+    sweep(folder / "policies", schemes=("seed",), policies=("equal", "static", "codec"), **shown)
+    sweep(folder / "split", schemes=("split", "prompt", "latent"), **shown)
+    model = shutil.copytree(tiny_model, folder / "model")
     codec = SeedCodec.from_pretrained(tiny_codec)
-    codec.validation = np.random.default_rng(1).normal(size=(6, 4, 4, 4)).astype(np.float32)
+    codec.validation = codec.validation[:6]
     codec.save_pretrained(model / "codec")
     costs.run(costs.Arguments(model=str(model), rate=2.0, output=folder / "costs"))
-    recipe = PRESETS["tiny"]
-    environment = recipe.environment()
-    train_power(recipe, *environment, folder / "power-equal-rayleigh-0").save_pretrained(
-        folder / "power-equal-rayleigh-0" / "model"
-    )
-    power_tables.run(power_tables.Arguments(runs=folder, num=50, snr_db=(0.0,), output=folder / "power"))
+    recipe, run = dataclasses.replace(PRESETS["tiny"], num_blocks=4), folder / "power-equal-rayleigh-0"
+    train_power(recipe, *recipe.environment(), run).save_pretrained(run / "model")
+    power_tables.run(power_tables.Arguments(runs=folder, num=50, snr_db=(0.0,), blocks=4, output=folder / "power"))
     return folder
 
 
@@ -61,14 +52,14 @@ def test_the_page_shows_every_picture(page):
     assert sorted(names) == sorted(path.name for path in folder.glob("*.png")) and len(names) == 6
     for name in names:
         pixels = np.asarray(Image.open(folder / name).convert("RGB"))
-        assert min(pixels.shape[:2]) > 150 and pixels.std() > 10
+        assert pixels.std() > 10
     assert "nan" not in text
 
 
 def test_numbers_on_the_page_are_those_of_the_sweep(page, sweeps):
     text, _ = page
     frame = pd.read_parquet(sweeps / "images" / "results.parquet")
-    for row in frame[frame["mode"] == "equal_energy"].itertuples():
+    for row in frame.itertuples():
         assert f"{row.psnr_db:.2f} [{row.psnr_db_low:.2f}, {row.psnr_db_high:.2f}]" in text
     points = read_points(sweeps / "policies")
     equal, static = (next(p for p in points if p["policy"] == name) for name in ("equal", "static"))

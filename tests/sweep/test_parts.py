@@ -88,7 +88,7 @@ def own(tmp_path, monkeypatch):
 def test_own_parts_in_a_sweep(sweep, own, tmp_path):
     changes = dict(schemes=("seed",), rates=(1.0,), codec="own_parts:Plain", policies=("equal",), snr_db=(0.0,))
     laws = ("own_parts:Fixed", "own_parts:Unhashable", "awgn")
-    frame = sweep(tmp_path / "laws", fadings=laws, num_images=40, realisations=8, **changes)
+    frame = sweep(tmp_path / "laws", fadings=laws, **changes)
     assert frame.fading.tolist() == list(laws)
     np.testing.assert_allclose(frame.nmse, frame.nmse[2], rtol=1e-5)
     policies = ("equal", "own_parts:First")
@@ -140,7 +140,7 @@ def test_one_object_for_all_points(own):
         ({"codec": "own_parts:Plain", "schemes": ("latent-wiener",)}, "codec is .*SeedCodec for the 'wiener' variant"),
         ({"codec": "own_parts:Plain", "schemes": ("opta",)}, "codec is 'own_parts:Plain'; it must be a SeedCodec"),
         ({"policies": ("own_parts:Fixed",)}, "it must be an object with a method 'allocate'"),
-        ({"policies": ("static",), "fadings": ("own_parts:Fixed",)}, ""),
+        pytest.param({"policies": ("static",), "fadings": ("own_parts:Fixed",)}, "", marks=pytest.mark.slow),
     ],
 )
 def test_own_parts_that_do_not_fit(sweep, own, unchecked, tmp_path, change, message):

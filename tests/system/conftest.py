@@ -1,18 +1,17 @@
 """The smallest pipeline, codec and latents that all schemes run on, sixteen fading blocks included."""
 
+import contextlib
 import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
 
-from megjax.channel import RayleighFading
-from megjax.codec import SeedCodec, SeedCodecConfig
-from megjax.codec.fitting import initial_network
+from megjax.codec import SeedCodec, SeedCodecConfig, SeedNetwork
+from megjax.codec.linear import latent_statistics
 from megjax.diffusion.clip import CLIPTextModel
 from megjax.diffusion.generation import Graphs
 from megjax.diffusion.layout import ASSETS
@@ -21,9 +20,10 @@ from megjax.diffusion.tokenization import load_tokenizer
 from megjax.diffusion.unet import UNet2DConditionModel, UNetConfig
 from megjax.diffusion.vae import AutoencoderKL
 from megjax.ldm.recipe import PRESETS
-from megjax.system import Source, SourceStatistics, fit_image_codec, make_simulator
+from megjax.system import ImageCodecTable, SeedErrors, Source, SourceStatistics, make_simulator
+from tests import checks
 
-LATENT, IMAGE, BLOCKS = (4, 4, 4), (16, 16, 3), 16
+LATENT, IMAGE = (4, 4, 4), (16, 16, 3)
 STATISTICS = SourceStatistics((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), (0.5, -0.2, 0.0, 0.1), (1.2, 0.8, 1.0, 0.9))
 PROMPTS = ["a red house", "two boats by night"]
 
@@ -31,17 +31,15 @@ PROMPTS = ["a red house", "two boats by night"]
 @pytest.fixture(scope="module", autouse=True)
 def fast_compile():
     """Tiny models compile longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with checks.fast_compile():
+        yield
 
 
-@pytest.fixture
-def unchecked():
-    """Without the run-time check of annotations, which users do not have and which would hide the project's errors."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+@contextlib.contextmanager
+def quickly():
+    """For what is built once and is not under test."""
+    with checks.unchecked(), checks.fast_compile():
+        yield
 
 
 def random_network(make, seed):
@@ -72,11 +70,12 @@ def pipe():
         norm_num_groups=8,
     )
     configs = Configs(recipe.text_config(len(tokenizer)), unet, recipe.vae_config, recipe.scheduler_config)
-    parts = {
-        "text_encoder": random_network(lambda: CLIPTextModel(configs.text_encoder, rngs=nnx.Rngs(0)), 0),
-        "unet": random_network(lambda: UNet2DConditionModel(configs.unet, rngs=nnx.Rngs(0)), 1),
-        "vae": random_network(lambda: AutoencoderKL(configs.vae, rngs=nnx.Rngs(0)), 2),
-    }
+    with quickly():
+        parts = {
+            "text_encoder": random_network(lambda: CLIPTextModel(configs.text_encoder, rngs=nnx.Rngs(0)), 0),
+            "unet": random_network(lambda: UNet2DConditionModel(configs.unet, rngs=nnx.Rngs(0)), 1),
+            "vae": random_network(lambda: AutoencoderKL(configs.vae, rngs=nnx.Rngs(0)), 2),
+        }
     graphs = Graphs(**{name: graph for name, (graph, _) in parts.items()}, scaling_factor=1.0)
     return StableDiffusion(configs, graphs, {name: params for name, (_, params) in parts.items()}, tokenizer)
 
@@ -101,9 +100,18 @@ def images():
 
 @pytest.fixture(scope="session")
 def codec(latents):
-    """The linear code of the latents, as a codec, with some of them for validation."""
+    """A linear code of the latents, as a codec, with some of them for validation."""
     config = SeedCodecConfig(LATENT, tile=(4, 4), width=8, hidden=8, decoder_blocks=1, snr_steps=3, rate_steps=3)
-    return SeedCodec(initial_network(config, latents), latents[:50])
+    statistics = latent_statistics(latents)
+    with quickly():
+        graph, abstract = nnx.split(nnx.eval_shape(lambda: SeedNetwork(config, nnx.Rngs(0))))
+        network = nnx.merge(graph, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract))
+        network.latent_mean[...], network.basis[...] = statistics.mean, statistics.basis
+        network.scale[...] = jnp.sqrt(statistics.variances)
+        network.load_logits[...] = jnp.broadcast_to(jnp.log(statistics.variances), network.load_logits.shape)
+        for ones in (network.code_std, network.encoder_scale, network.decoder.norm.scale):
+            ones[...] = jnp.ones_like(ones[...])
+        return SeedCodec(network, latents[:50])
 
 
 @pytest.fixture(scope="session")
@@ -115,34 +123,51 @@ def source(latents, images):
 @pytest.fixture(scope="session")
 def table(images):
     """Coded images at three SNRs."""
-    return fit_image_codec(jax.random.key(9), images[:8], RayleighFading(), [0.0, 10.0, 20.0], num_blocks=BLOCKS)
+    choice, rate = jnp.asarray([3, 12, 5]), jnp.asarray([0.5, 0.7, 4.0])
+    return ImageCodecTable(jnp.asarray([0.0, 10.0, 20.0]), choice, rate, jnp.asarray(images[:8].mean(0)))
 
 
 @pytest.fixture(scope="session")
 def make(pipe, codec, table):
-    """`make(scheme, variant, **options)`: a simulator of this pipeline and codec with two denoising steps."""
+    """`make(scheme, variant, **options)`: a simulator of this pipeline and codec with two denoising steps.
 
-    def made(scheme="seed", variant=None, *, codec=codec, rate=2.0, **options):
-        options = {"num_steps": 2, "statistics": STATISTICS, "guided": False} | options
-        if variant == "coded":
-            options = {"image_codec": table} | options
-        return make_simulator(pipe, codec, scheme, variant=variant, rate=rate, **options)
+    With options that can be hashed it is made once. The errors of a split seed are not measured.
+    """
+    given = {"codec": codec, "rate": 2.0, "num_steps": 2, "statistics": STATISTICS, "guided": False}
+    errors = SeedErrors(jnp.asarray([0.0]), jnp.asarray([[0.1, *np.linspace(0.1, 0.01, 16)]], jnp.float32))
 
-    return made
+    def made(scheme="seed", variant=None, **options):
+        parts = {"coded": {"image_codec": table}, "seed": {"seed_errors": errors}}.get(variant, {})
+        return make_simulator(pipe, scheme=scheme, variant=variant, **given | parts | options)
+
+    kept = functools.cache(made)
+
+    def make(*form, **options):
+        try:
+            hash(tuple(options.values()))
+        except TypeError:
+            return made(*form, **options)
+        return kept(*form, **options)
+
+    return make
 
 
 @pytest.fixture(scope="session")
 def deliver():
-    """`deliver(simulator, source, snr_db, realisations)`: received latents or pixels, no latent decoded, compiled."""
+    """`deliver(simulator, source, snr_db, images, realisations, **parts)`: latents or pixels as received, compiled.
 
-    @functools.partial(jax.jit, static_argnames=("simulator", "realisations"))
-    def run(simulator, key, params, source, snr_db, realisations):
-        numbers, ids = (jnp.arange(len(source.latents)), jnp.arange(realisations)), jnp.zeros((6, 48), jnp.int32)
-        found = simulator.deliver(key, params, source, ids, snr_db, *numbers, generate=False)
+    No latent is decoded. `parts` replace a simulator's parameters, such as its fading and its policy.
+    """
+
+    @functools.partial(jax.jit, static_argnames="simulator")
+    def run(simulator, key, params, source, snr_db, images, realisations):
+        ids = jnp.zeros((len(source.latents), 48), jnp.int32)
+        found = simulator.deliver(key, params, source, ids, snr_db, images, realisations, generate=False)
         # Left out, the denoising of split latents is not even compiled.
         return found._replace(latents=None) if simulator.link.result == "noisy" else found
 
-    def delivered(simulator, source, snr_db, realisations=1, seed=0):
-        return run(simulator, jax.random.key(seed), simulator.params, source, jnp.float32(snr_db), realisations)
+    def deliver(simulator, source, snr_db, images=range(6), realisations=range(2), seed=0, **parts):
+        numbers = (np.asarray(numbers, np.int32) for numbers in (images, realisations))
+        return run(simulator, jax.random.key(seed), simulator.params | parts, source, jnp.float32(snr_db), *numbers)
 
-    return delivered
+    return deliver

@@ -5,11 +5,11 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from megjax.codec import SeedCodec, SeedCodecConfig
-from megjax.codec.fitting import initial_network
+from megjax.codec import SeedCodec, SeedCodecConfig, SeedNetwork
 from megjax.power import EqualPower
-from megjax.system import SourceStatistics, codec_statistics, latent_moments, make_simulator, measured_weights
+from megjax.system import SourceStatistics, build, codec_statistics, latent_moments, make_simulator, measured_weights
 
 
 def test_moments_are_those_of_the_codecs_latents(codec, latents):
@@ -41,10 +41,26 @@ def test_weights_of_the_blocks(codec, make):
 
 
 def test_equal_simulators_are_equal(make):
-    one, other = make(), make()
-    assert one == other and hash(one) == hash(other)
+    one, other = make(), make(weights=None)
+    assert one is not other and one == other and hash(one) == hash(other)
     assert one != make(rate=1.0)
     assert one != dataclasses.replace(one, peak_power=2.0)
+
+
+@pytest.mark.slow
+def test_what_is_measured_where_nobody_says(codec, make):
+    """The weights of a policy that asks for them, and the errors of a split seed."""
+    levels = build.WEIGHT_GRID_DB
+    found = make("split", "seed", policy="static", seed_errors=None).params
+    np.testing.assert_array_equal(found["weights"].snr_db, levels)
+    np.testing.assert_allclose(found["weights"].weights[3], codec.block_weights(16, levels[3], 16), rtol=1e-6)
+    errors = found["codec"].errors
+    np.testing.assert_array_equal(errors.snr_db, levels)
+    coefficients = np.asarray(errors.coefficients)
+    assert coefficients.shape == (len(levels), 17) and np.all(coefficients >= 0)
+    at_zero = [float(errors.at(level, jnp.zeros(16))) for level in (levels[0], levels[-1])]
+    np.testing.assert_allclose(at_zero, coefficients[[0, -1]].sum(1), rtol=1e-5)
+    assert make().params["weights"] is None
 
 
 class Nothing:
@@ -97,16 +113,17 @@ def test_bad_input(unchecked, make, options, match):
 
 
 def test_parts_that_do_not_fit(make, pipe, table):
-    config = SeedCodecConfig((2, 2, 2), tile=(2, 2), width=4, hidden=4, decoder_blocks=1, snr_steps=2, rate_steps=2)
-    small = SeedCodec(initial_network(config, np.random.default_rng(0).normal(size=(50, 2, 2, 2)).astype(np.float32)))
+    def blank(config):
+        return SeedCodec(nnx.eval_shape(lambda: SeedNetwork(config, nnx.Rngs(0))))
+
+    small = SeedCodecConfig((2, 2, 2), tile=(2, 2), width=4, hidden=4, decoder_blocks=1, snr_steps=2, rate_steps=2)
     with pytest.raises(ValueError, match="codec's latent shape is .*2, 2, 2"):
-        make(codec=small)
+        make(codec=blank(small))
     with pytest.raises(ValueError, match="image_codec's image is .*8, 8, 3"):
         make("centralized", "coded", image_codec=table._replace(mean_image=jnp.zeros((8, 8, 3))))
     raw = SeedCodecConfig((4, 4, 4), (4, 4), 4, 4, 0, 1, "raw", snr_steps=2, rate_steps=2)
-    noise = np.random.default_rng(0).normal(size=(50, 4, 4, 4)).astype(np.float32)
     with pytest.raises(ValueError, match="transform 'raw'.*transform 'klt'"):
-        make("latent", "wiener", codec=SeedCodec(initial_network(raw, noise)))
+        make("seed", "klt", codec=blank(raw))
     with pytest.raises(TypeError, match="colour"):
         make_simulator(pipe, None, "latent", colour="red")
     assert isinstance(make(policy=EqualPower()).params["policy"], EqualPower)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from megjax.channel import NoFading, RayleighFading
-from megjax.system import CodedImageLink, ImageCodecTable, fit_image_codec, image_codec
+from megjax.system import CodedImageLink, ImageCodecTable, Source, fit_image_codec, image_codec
 from megjax.system.image_codec import OPTIONS, compress
 
 
@@ -60,7 +60,7 @@ def test_the_link_is_out_as_often_as_the_table_says():
     table = image_codec.outage_table(jax.random.key(0), fading, 4)
     snr_db = image_codec._GRID_DB[level]
     keys = jax.random.split(jax.random.key(1), draws)
-    gains = jax.vmap(lambda key: fading.sample(key, 4))(keys)
+    gains = jax.jit(jax.vmap(lambda key: fading.sample(key, 4)))(keys)
     power, noise_var = jnp.ones(4), jnp.float32(10 ** (-snr_db / 10))
     rates = jnp.asarray(image_codec._RATES, jnp.float32)
     arrives = jax.jit(jax.vmap(jax.vmap(CodedImageLink.arrives, (None, 0, None, None)), (0, None, None, None)))
@@ -81,16 +81,17 @@ def test_symbols_choice_and_outage(make, deliver, source):
     table = a_table([0.5, 0.7, 4.0], [3, 12, 5])
     simulator = make("centralized", "coded", image_codec=table, fading=NoFading(), policy="equal")
     for snr_db, entry in ((-3.0, 0), (4.9, 0), (5.1, 1), (14.0, 1), (60.0, 2)):
-        delivery = deliver(simulator, source, snr_db, 2)
+        delivery = deliver(simulator, source, snr_db)
         sizes, decoded = compress(source.images, *OPTIONS[int(table.choice[entry])])
         rate = np.float32(table.rate[entry])
         np.testing.assert_array_equal(delivery.num_symbols, np.ceil(8 * sizes / rate))
         # Without fading log2(1 + snr) decides: 0.58 bits at -3 dB, 3.4 at 10 dB.
         assert np.log2(1 + 10 ** (snr_db / 10)) > rate
         np.testing.assert_array_equal(delivery.images, np.repeat(decoded[:, None], 2, axis=1))
-    lost = deliver(simulator, source, -4.0, 2)  # 0.48 bits
+    lost = deliver(simulator, source, -4.0)  # 0.48 bits
     np.testing.assert_array_equal(lost.images, np.full(lost.images.shape, 0.25, np.float32))
-    assert float(lost.energy.min()) > 0  # what does not arrive was sent all the same
+    # What does not arrive was sent all the same.
+    np.testing.assert_allclose(lost.energy, np.repeat(lost.num_symbols[:, None], 2, axis=1), rtol=1e-6)
 
 
 def test_fit_keeps_to_the_symbols_and_prefers_quality(images):
@@ -110,17 +111,15 @@ def test_fit_keeps_to_the_symbols_and_prefers_quality(images):
     assert size[1] > size[0]
 
 
-def test_the_codec_runs_in_mapped_programs(make, source):
-    simulator = make("centralized", "coded", image_codec=a_table([0.5, 0.7, 1.0], [3, 12, 5]), policy="equal")
-    levels = jnp.asarray([0.0, 12.0])
-
-    def run(snr_db):
-        numbers = jnp.arange(6), jnp.arange(1)
-        return simulator.deliver(jax.random.key(0), simulator.params, source, None, snr_db, *numbers).images
-
-    together = jax.jit(jax.vmap(run))(levels)
-    for i in range(2):
-        np.testing.assert_allclose(together[i], jax.jit(run)(levels[i]), atol=1e-6)
+def test_the_codec_runs_in_mapped_programs(images):
+    table, values = a_table([0.5, 0.7, 1.0], [3, 12, 5]), jnp.asarray(images[:3])
+    source = Source(jnp.zeros((3, 4, 4, 4)), values, jnp.zeros((3, 4, 4, 4)))
+    run = lambda snr_db: CodedImageLink((16, 16, 3)).code(table, source, snr_db, None)  # noqa: E731
+    together = jax.jit(jax.vmap(run))(jnp.asarray([0.0, 12.0]))
+    for i, option in enumerate((3, 12)):
+        sizes, decoded = compress(values, *OPTIONS[option])
+        np.testing.assert_array_equal(together.payload[i], decoded)
+        np.testing.assert_array_equal(together.num_symbols[i], np.ceil(8 * sizes / table.rate[i]))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,103 @@
+"""What every scheme keeps: draws that its numbers decide, the energy it is given, on a good channel what was sent."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from megjax.channel import RicianFading
+from megjax.codec.schemes import draw_gains, realisation_keys
+from megjax.power import LoadedPower
+from megjax.system import SCHEMES, BlockWeights
+
+FAST = {("centralized", "analog"), ("centralized", "coded"), ("seed", "learned"), ("split", "latent")}
+FORMS = [
+    pytest.param(form, marks=[] if form in FAST else [pytest.mark.slow], id="-".join(form))
+    for form in ((scheme, variant) for scheme, variants in SCHEMES.items() for variant in variants)
+]
+BLOCKS, K_LATENT, REALISATIONS = 16, 32, 5
+RAYLEIGH, GOOD = RicianFading(0.0), RicianFading(1e8)  # of one structure, so that one program has both
+ROUNDING = 1e-5  # of sums of sixteen float32 numbers
+FLOAT32 = 1e-4  # the same computation in another order
+
+pytestmark = pytest.mark.usefixtures("module_unchecked")
+
+
+@pytest.fixture(scope="module")
+def simulator(make):
+    """`simulator(form)`: at the energy of the raw latent, with a load that is handed over."""
+    weights = BlockWeights(jnp.zeros(1), jnp.ones((1, BLOCKS)))
+    options = {"fading": RAYLEIGH, "policy": LoadedPower(jnp.ones(BLOCKS)), "weights": weights}
+    return functools.cache(lambda form: make(*form, mode="equal_energy", rate=1.0, device_steps=1, **options))
+
+
+@pytest.fixture(scope="module")
+def faded(simulator, deliver, source):
+    """`faded(form)`: five realisations at 3 dB, later blocks of more power than earlier ones."""
+    policy = LoadedPower(jnp.arange(1.0, BLOCKS + 1))
+    return functools.cache(
+        lambda form: deliver(simulator(form), source, 3.0, realisations=range(REALISATIONS), policy=policy)
+    )
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    images, draws = np.repeat(np.arange(6), REALISATIONS), np.tile(np.arange(REALISATIONS), 6)
+    draw = jax.jit(lambda key: draw_gains(realisation_keys(key, images, draws), RAYLEIGH, BLOCKS))
+    gains = draw(jax.random.key(0))
+    assert len(np.unique(gains)) == 6 * REALISATIONS * BLOCKS
+    return gains
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gains_are_those_of_the_key_and_the_numbers(drawn, faded, form):
+    """So schemes and policies that are given the same key are compared on the same gains."""
+    np.testing.assert_allclose(faded(form).gains.reshape(-1, BLOCKS), drawn, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_realisation_depends_on_its_numbers_only(simulator, faded, deliver, source, form):
+    """Not on its place among those that are asked for with it."""
+    images, draws = [4, 1, 0, 2, 3, 5], [3, 0, 1, 4, 2]
+    moved = jax.tree.map(lambda x: x[np.asarray(images)], source)
+    policy = LoadedPower(jnp.arange(1.0, BLOCKS + 1))
+    found = deliver(simulator(form), moved, 3.0, images, draws, policy=policy)
+    for name in ("images", "latents", "gains", "power", "energy"):
+        mine, others = getattr(found, name), getattr(faded(form), name)
+        assert (mine is None) == (others is None)
+        if mine is not None:
+            np.testing.assert_allclose(mine, others[np.asarray(images)][:, np.asarray(draws)], atol=FLOAT32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_radiate_the_energy_of_the_raw_latent(faded, form):
+    delivery = faded(form)
+    count, energy, power = (np.asarray(x) for x in (delivery.num_symbols, delivery.energy, delivery.power))
+    assert count.shape == (6,) and energy.shape == (6, REALISATIONS) and power.shape == (6, REALISATIONS, BLOCKS)
+    if form[0] == "prompt":
+        assert np.all(count == 0) and np.all(energy == 0)
+        return
+    np.testing.assert_allclose(energy, K_LATENT, rtol=ROUNDING)
+    # Blocks are equally long here, so that mean power and energy are the same budget.
+    np.testing.assert_allclose(power.mean(2) * count[:, None], energy, rtol=ROUNDING)
+    np.testing.assert_allclose(power / power[..., :1], np.broadcast_to(np.arange(1, BLOCKS + 1), power.shape), ROUNDING)
+
+
+CLEAN = [form for form in FORMS if form.values[0][0] not in ("split", "prompt") and form.values[0][1] != "coded"]
+
+
+@pytest.mark.parametrize("form", CLEAN)
+def test_a_good_channel_shows_what_was_sent(simulator, deliver, source, form):
+    delivery = deliver(simulator(form), source, 80.0, realisations=range(REALISATIONS), fading=GOOD)
+    if form[0] == "centralized":
+        tolerance = 1e-3 if form[1] == "analog" else 1 / 500  # half of a level of 8 bits
+        assert np.abs(delivery.images - source.images[:, None]).max() < tolerance
+    else:
+        assert np.abs(delivery.latents - source.latents[:, None]).max() < 2e-3
+
+
+def test_no_signal_shows_the_mean(simulator, deliver, source):
+    analog = deliver(simulator(("centralized", "analog")), source, -80.0, realisations=range(REALISATIONS))
+    np.testing.assert_allclose(analog.images, np.broadcast_to([0.4, 0.5, 0.6], analog.images.shape), atol=2e-3)
