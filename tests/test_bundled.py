@@ -6,19 +6,27 @@ import numpy as np
 import pytest
 
 from megjax.codec import SeedCodec
-from megjax.data import scenes
+from megjax.diffusion.generation import image_keys
 from megjax.diffusion.layout import ASSETS
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.diffusion.schedules import SAMPLERS
 from megjax.ldm.quality import measure
 from megjax.metrics import SceneNet
 
+pytestmark = pytest.mark.usefixtures("module_unchecked", "fast_compile")
 FOLDER = ASSETS / "scenes"
 MEGABYTE = 2**20
+PROMPTS = [
+    "a red house, large, in the centre, a meadow under a clear daytime sky",
+    "a red house, large, in the centre, a meadow under a clear night sky",
+    "a small yellow boat on the left, by the sea",
+    "two green trees under a clear sky",
+]
+SEED, STEPS = 0, 10
 
 
 @pytest.fixture(scope="module")
-def pipe():
+def pipe(module_unchecked, fast_compile):
     return StableDiffusion.from_pretrained("scenes")
 
 
@@ -61,61 +69,51 @@ def test_every_sampler_has_a_schedule_for_it(pipe, name):
     assert pipe.sampler(name, 25).num_steps >= 25
 
 
-def test_diffusers_opens_it_and_draws_the_same_image(pipe):
-    torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
+@pytest.fixture(scope="module")
+def images(pipe):
+    """What the model draws for PROMPTS with SEED."""
+    return np.asarray(pipe.generate(jax.random.key(SEED), pipe.tokenize(PROMPTS), num_steps=STEPS))
+
+
+@pytest.mark.slow
+def test_diffusers_opens_it_and_draws_the_same_images(images):
+    import diffusers
+    import torch
+
     reference = diffusers.StableDiffusionPipeline.from_pretrained(str(FOLDER), variant="fp16").to(torch.float32)
     reference.set_progress_bar_config(disable=True)
-    noise = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
-    prompts = list(scenes.DEFAULT_PROMPTS[:2])
+    keys, _ = image_keys(jax.random.key(SEED), len(PROMPTS))
+    noise = np.stack([jax.random.normal(key, (8, 8, 4)) for key in keys])
     expected = reference(
-        prompts,
-        num_inference_steps=25,
+        PROMPTS,
+        num_inference_steps=STEPS,
         guidance_scale=5.0,
         latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
         output_type="np",
     ).images
-    images = pipe.generate(jax.random.key(0), pipe.tokenize(prompts), initial_noise=jax.numpy.asarray(noise))
     assert expected.std() > 0.1
-    # The bound of every sampler's parity test; 25 guided steps amplify float32 rounding.
-    assert np.abs(np.asarray(images) - expected).max() <= 2e-3
-
-
-def test_quality_on_held_out_captions(pipe):
-    figures = measure(pipe, SceneNet.load(FOLDER / "scenenet"), 100, batch=50)
-    assert figures["vae_psnr_db"]["mean"] >= 28
-    # What `make quality` must reach on 2,000 captions; here the upper ends of intervals over 100.
-    assert figures["real_accuracy"]["high"] >= 0.98
-    assert figures["generated_accuracy"]["high"] >= 0.90
+    # The bound of every sampler's parity test; guided steps amplify float32 rounding.
+    assert np.abs(images - expected).max() <= 2e-3
 
 
 @pytest.mark.slow
-def test_quality_on_two_thousand_held_out_captions(pipe):
-    figures = measure(pipe, SceneNet.load(FOLDER / "scenenet"), 2000)
-    assert figures["vae_psnr_db"]["mean"] >= 28
-    assert figures["real_accuracy"]["mean"] >= 0.98
-    assert figures["generated_accuracy"]["mean"] >= 0.90
+def test_another_prompt_is_another_image(images):
+    day, night = images[:2]
+    assert day[:20].mean() > 2 * night[:20].mean()  # the sky
 
 
-def test_another_prompt_is_another_image(pipe):
-    noise = jax.random.normal(jax.random.key(1), (1, 8, 8, 4))
-    day, night = (
-        pipe.generate(
-            jax.random.key(0), pipe.tokenize([f"a red house, large, in the centre, {when}"]), initial_noise=noise
-        )
-        for when in ("a meadow under a clear daytime sky", "a meadow under a clear night sky")
-    )
-    assert np.asarray(day)[:, :20].mean() > 2 * np.asarray(night)[:, :20].mean()  # the sky
-
-
-def test_images_in_bfloat16_are_those_in_float32(pipe):
-    prompts = [
-        "a red house under a night sky",
-        "a small yellow boat on the left, by the sea",
-        "a large white mountain at sunset",
-        "two green trees under a clear sky",
-    ]
+@pytest.mark.slow
+def test_images_in_bfloat16_are_those_in_float32(images):
     half = StableDiffusion.from_pretrained("scenes", dtype=jnp.bfloat16)
-    one, other = (np.asarray(p.generate(jax.random.key(0), p.tokenize(prompts)), np.float64) for p in (pipe, half))
-    assert (-10 * np.log10(((one - other) ** 2).mean((1, 2, 3)))).min() > 35
-    assert not np.array_equal(one, other)
+    other = np.asarray(half.generate(jax.random.key(SEED), half.tokenize(PROMPTS), num_steps=STEPS))
+    assert (-10 * np.log10(np.square(images - other, dtype=np.float64).mean((1, 2, 3)))).min() > 35
+    assert not np.array_equal(images, other)
+
+
+@pytest.mark.slow
+def test_quality_on_held_out_captions(pipe):
+    """What `python -m eval.quality` must find on 2,000 captions; here the upper ends of intervals over a few."""
+    figures = measure(pipe, SceneNet.load(FOLDER / "scenenet"), 24, batch=len(PROMPTS), num_steps=STEPS)
+    assert figures["vae_psnr_db"]["mean"] >= 28
+    assert figures["real_accuracy"]["high"] >= 0.98
+    assert figures["generated_accuracy"]["high"] >= 0.90

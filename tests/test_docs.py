@@ -13,8 +13,12 @@ SNIPPETS = [
     for block in re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     if "channel" in block or "make_ppo" in block or "megjax.simulate" in block
 ]
-
-
+LONG = ("megjax.simulate", "SeedCodec", "make_ppo", "10_000_000")
+"""Marks of the snippets that take seconds."""
+CASES = [
+    pytest.param(block, id=name, marks=[pytest.mark.slow] if any(mark in block for mark in LONG) else [])
+    for name, block in SNIPPETS
+]
 PAGES = ("architecture", "channel", "codec", "performance", "power", "system", "tutorial")
 
 
@@ -34,8 +38,8 @@ def test_there_are_snippets():
     ]
 
 
-@pytest.mark.parametrize("block", [block for _, block in SNIPPETS], ids=[name for name, _ in SNIPPETS])
-def test_snippet(block):
+@pytest.mark.parametrize("block", CASES)
+def test_snippet(block, unchecked, fast_compile):
     names = {}
     exec(compile(block.replace("10_000_000", "3_000").replace("200_000", "3_000"), "snippet", "exec"), names)
     if "stats" in names:

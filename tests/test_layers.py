@@ -1,8 +1,6 @@
 """Tests of the library's structure: which module imports which, how long files are, and what importing loads."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -51,7 +49,7 @@ ARROWS = {
     "power": {"channel", "training"},
     "tpu": {"cost"},
 }
-MAX_LINES = {"megjax": 400, "train": 150}
+MAX_LINES = {"megjax": 400, "train": 150, "eval": 400, "tests": 400}
 
 
 def module_name(path):
@@ -115,9 +113,8 @@ def violations(source, module, modules):
     ]
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_imports_follow_the_layers(path):
-    assert violations(path.read_text(), module_name(path), MODULES) == []
+def test_imports_follow_the_layers():
+    assert [edge for path in FILES for edge in violations(path.read_text(), module_name(path), MODULES)] == []
 
 
 @pytest.mark.parametrize(
@@ -150,21 +147,14 @@ def test_assets_hold_no_code():
     assert not list((PACKAGE / "assets").rglob("*.py"))
 
 
-@pytest.mark.parametrize("folder", MAX_LINES)
-def test_files_are_short(folder):
-    lengths = {str(path): len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")}
-    assert {path: length for path, length in lengths.items() if length > MAX_LINES[folder]} == {}
+def test_files_are_short():
+    for folder, longest in MAX_LINES.items():
+        lengths = {str(path): len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")}
+        assert {path: length for path, length in lengths.items() if length > longest} == {}
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_only_units_takes_logarithms_to_base_10(path):
-    nodes = ast.walk(ast.parse(path.read_text()))
-    names = {getattr(node, field, None) for node in nodes for field in ("attr", "id", "name")}
-    assert "log10" not in names or module_name(path) == "units"
-
-
-def test_importing_the_channel_stays_light():
-    code = "import sys, megjax.channel; print(*{name.split('.')[0] for name in sys.modules})"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "jax" in loaded.split()
-    assert not {"transformers", "diffusers", "orbax", "torch", "tensorflow"} & set(loaded.split())
+def test_only_units_takes_logarithms_to_base_10():
+    for path in FILES:
+        nodes = ast.walk(ast.parse(path.read_text()))
+        names = {getattr(node, field, None) for node in nodes for field in ("attr", "id", "name")}
+        assert "log10" not in names or module_name(path) == "units", path

@@ -1,9 +1,4 @@
-"""Meshes, shardings and start-up of processes; what needs several devices runs on CPU devices of a new process."""
-
-import socket
-import subprocess
-import sys
-import textwrap
+"""Meshes, specifications of shardings, and how a process finds its job."""
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +16,6 @@ from megjax.sharding import (
     start_processes,
     tensor_specs,
 )
-
-
-def run_on_devices(num, code, *arguments):
-    """What `code` prints in a process with `num` CPU devices."""
-    head = f"import jax\njax.config.update('jax_num_cpu_devices', {num})\n"
-    command = [sys.executable, "-c", head + textwrap.dedent(code), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -121,50 +107,6 @@ def test_tensor_specs_pair_the_layers():
     assert set(jax.tree.leaves(tensor_specs(params, 1))) == {whole}
 
 
-def test_one_image_by_four_devices_is_that_of_one():
-    """The bundled model, guided: two devices for each of the pair of latents."""
-    code = """
-    import numpy as np
-    from megjax.diffusion.pipeline import StableDiffusion
-    from megjax.sharding import MeshConfig, make_mesh, tensor_shardings
-    model = StableDiffusion.from_pretrained("scenes")
-    ids, key = model.tokenize(["a red house under a night sky"]), jax.random.key(0)
-    one = np.asarray(model.generate(key, ids, num_steps=2))
-    mesh = make_mesh(MeshConfig(data=2, tensor=2))
-    model.params = jax.device_put(model.params, tensor_shardings(mesh, model.params))
-    with jax.set_mesh(mesh):
-        four = np.asarray(model.generate(key, ids, num_steps=2))
-    kernels = [x for x in jax.tree.leaves(model.params["unet"]) if x.ndim > 1]
-    print(sum(not x.sharding.is_fully_replicated for x in kernels) > len(kernels) / 2)
-    print(float(np.abs(four - one).max()))
-    """
-    split, error = run_on_devices(4, code).split()
-    assert split == "True" and float(error) < 1e-4
-
-
-def test_placement_on_eight_devices():
-    code = """
-    import jax.numpy as jnp, numpy as np
-    from megjax.sharding import MeshConfig, fsdp_shardings, make_mesh, shard_batch
-    mesh = make_mesh(MeshConfig(fsdp=4))
-    print(dict(mesh.shape))
-    params = jax.device_put({"w": jnp.ones((256, 128))}, fsdp_shardings(mesh, {"w": jnp.ones((256, 128))}))
-    print(params["w"].sharding.shard_shape((256, 128)))
-    batch = shard_batch(mesh, {"x": np.arange(32.0).reshape(16, 2)})
-    print(batch["x"].sharding.shard_shape((16, 2)), float(batch["x"].sum()))
-    try:
-        shard_batch(mesh, np.ones((12, 2)))
-    except ValueError as error:
-        print(error)
-    """
-    assert run_on_devices(8, code).splitlines() == [
-        "{'data': 2, 'fsdp': 4, 'tensor': 1}",
-        "(64, 128)",
-        "(2, 2) 496.0",
-        "batch is 12; it must be a multiple of data x fsdp, 8",
-    ]
-
-
 def test_shard_batch_on_one_device():
     batch = shard_batch(make_mesh(), jnp.ones((3, 2)))
     assert batch.shape == (3, 2)
@@ -218,53 +160,3 @@ def test_a_lone_process_starts_nothing(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert start_processes() is None
     assert not jax.distributed.is_initialized()
-
-
-def test_two_processes_make_one_mesh():
-    """Two processes of two devices each sum a batch of which each holds one half."""
-    code = """
-    import sys
-    import jax.numpy as jnp, numpy as np
-    from megjax.sharding import make_mesh, shard_batch, start_processes
-    address, index = sys.argv[1], int(sys.argv[2])
-    start_processes(address, 2, index)
-    mesh = make_mesh()
-    batch = shard_batch(mesh, np.full((2, 3), index + 1.0))
-    total = jax.jit(jnp.sum)(batch)
-    print(batch.shape, dict(mesh.shape), float(total))
-    """
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    head = "import jax\njax.config.update('jax_num_cpu_devices', 2)\n"
-    command = [sys.executable, "-c", head + textwrap.dedent(code), address]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    workers = [subprocess.Popen([*command, str(index)], **pipes) for index in range(2)]
-    for worker in workers:
-        out, err = worker.communicate(timeout=120)
-        assert out.splitlines()[-1:] == ["(4, 3) {'data': 4, 'fsdp': 1, 'tensor': 1} 18.0"], err[-2000:]
-
-
-def test_convolutions_ask_nothing_of_other_cpu_devices():
-    """Images on two devices, weights on both: what a CPU does in another way must leave every image where it is."""
-    code = """
-    import jax.numpy as jnp, numpy as np, re
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-    from megjax.diffusion import layers, strips
-    from flax import nnx
-    strips.MANY_ELEMENTS = 1
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    images, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-    norm = layers.GroupNorm(64, 8, 1e-5, rngs=nnx.Rngs(0))
-    conv, up = layers.conv(64, 64, 3, jnp.float32, nnx.Rngs(0)), layers.Upsample2D(64, jnp.float32, rngs=nnx.Rngs(0))
-    graph, state = nnx.split((norm, conv, up))
-    def run(state, x):
-        norm, conv, up = nnx.merge(graph, state)
-        return up(layers.norm_silu_conv(norm, conv, x))
-    x = jax.ShapeDtypeStruct((4, 8, 8, 64), jnp.float32, sharding=images)
-    state = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=everywhere), state)
-    for fn in (run, lambda state, x: layers.winograd(x, state[1]["kernel"][...])):
-        text = jax.jit(fn, out_shardings=images).lower(state, x).compile().as_text()
-        print(re.findall("all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter", text))
-    """
-    assert run_on_devices(2, code) == "[]\n[]\n"

@@ -1,9 +1,7 @@
 """Runs docs/tutorial.md as it stands: its module is saved, its blocks run in order, its command in a process."""
 
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,33 +10,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.processes import Processes, run_module
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("module_unchecked", "fast_compile")]
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(python|sh)\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL)
 
 
+def run_command(words):
+    """`python -m` with these words; it compiles longer than it runs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    run_module(*words)
+
+
 @pytest.fixture(scope="module")
-def names(tmp_path_factory):
+def names(module_unchecked, fast_compile, tmp_path_factory):
     """What the page's script leaves behind."""
     folder, found = tmp_path_factory.mktemp("tutorial"), {}
-    patch = pytest.MonkeyPatch()
-    patch.chdir(folder)
-    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # it compiles longer than it runs
-    jax.config.update("jax_disable_most_optimizations", True)
-    patch.syspath_prepend(str(folder))
-    for kind, text in BLOCKS:
-        if text.startswith("# mine.py\n"):
-            (folder / "mine.py").write_text(text)
-        elif kind == "python":
-            exec(compile(text, "docs/tutorial.md", "exec"), found)
-        else:
-            command = shlex.split(text.replace("\\\n", " "))
-            assert command[:3] == ["python", "-m", "eval.sweep"]
-            paths = {**os.environ, "PYTHONPATH": str(ROOT)}
-            ended = subprocess.run([sys.executable, *command[1:]], env=paths, capture_output=True, text=True)
-            assert ended.returncode == 0, ended.stderr[-2000:]
-    yield found
-    jax.config.update("jax_disable_most_optimizations", False)
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch, Processes(folder / "processes") as processes:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        for kind, text in BLOCKS:
+            if text.startswith("# mine.py\n"):
+                (folder / "mine.py").write_text(text)
+            elif kind == "python":
+                exec(compile(text, "docs/tutorial.md", "exec"), found)
+            else:
+                python, option, *words = shlex.split(text.replace("\\\n", " "))
+                assert (python, option, words[0]) == ("python", "-m", "eval.sweep")
+                processes.run(run_command, words)
+        yield found
     sys.modules.pop("mine", None)
 
 

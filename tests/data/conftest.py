@@ -1,10 +1,7 @@
 """The smallest of diffusion models, with random weights, and a cache of latents that it made."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from megjax.data import latents
 from megjax.diffusion.clip import CLIPTextConfig, CLIPTextModel
@@ -15,6 +12,8 @@ from megjax.diffusion.schedules import SchedulerConfig
 from megjax.diffusion.tokenization import train_tokenizer
 from megjax.diffusion.unet import UNet2DConditionModel, UNetConfig
 from megjax.diffusion.vae import AutoencoderKL, VAEConfig
+from tests import checks
+from tests.models import random_params
 
 LIMIT, SIZE, SHARD = 12, 8, 4
 COLOURS = ("red", "green", "blue", "white", "black", "pink", "grey", "brown", "gold")
@@ -22,25 +21,7 @@ PROMPTS = [f"a {colour} house" for colour in COLOURS]
 SETTINGS = {"seed": 3, "num_steps": 2, "guidance_scale": 3.0, "shard_size": SHARD}
 
 
-@pytest.fixture(scope="module")
-def fast_compile():
-    """Tiny models compile longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def random_params(make, rng):
-    """Graph and parameters of `make()`, standard deviation the inverse root of the fan-in."""
-    graph, abstract = nnx.split(nnx.eval_shape(make))
-
-    def fill(leaf):
-        return jnp.asarray(rng.standard_normal(leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1])), jnp.float32)
-
-    return graph, jax.tree.map(fill, abstract)
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """The smallest of models, with random weights."""
     tokens = tmp_path_factory.mktemp("tokenizer")
@@ -94,11 +75,12 @@ def calls(model, monkeypatch):
     return made
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cached(model, tmp_path_factory):
     """Folder of a cache of all prompts, three shards, and what `generate` returned; not to be changed."""
     folder = tmp_path_factory.mktemp("cache")
-    return folder, latents.generate(model, PROMPTS, folder, **SETTINGS)
+    with checks.fast_compile():
+        return folder, latents.generate(model, PROMPTS, folder, **SETTINGS)
 
 
 @pytest.fixture

@@ -10,14 +10,18 @@ import pytest
 
 from megjax.data import scenes
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
 NUM = 3000
 BATCH = 24
 RENDER = jax.jit(jax.vmap(scenes.render))
+LABELS, MENTIONED, IS_HELD_OUT = (
+    jax.jit(jax.vmap(function)) for function in (scenes.labels, scenes.mentioned, scenes.is_held_out)
+)
 
 
 def draw(split: str, num: int = NUM, seed: int = 0) -> scenes.Scene:
     keys = jax.random.split(jax.random.key(seed), num)
-    return jax.jit(jax.vmap(lambda key: scenes.sample_scene(key, split)))(keys)
+    return jax.device_get(jax.jit(jax.vmap(lambda key: scenes.sample_scene(key, split)))(keys))
 
 
 def on_host(batch: scenes.Scene) -> list[scenes.Scene]:
@@ -45,8 +49,8 @@ def pictures(train):
 @pytest.fixture(scope="module")
 def described(train, held_out):
     """Scenes of both splits on the host, with their labels and masks."""
-    batch = jax.tree.map(lambda a, b: jnp.concatenate([a[:200], b[:200]]), train, held_out)
-    return on_host(batch), np.asarray(jax.vmap(scenes.labels)(batch)), np.asarray(jax.vmap(scenes.mentioned)(batch))
+    batch = jax.tree.map(lambda a, b: np.concatenate([a[:200], b[:200]]), train, held_out)
+    return on_host(batch), np.asarray(LABELS(batch)), np.asarray(MENTIONED(batch))
 
 
 def test_render_shape_range_and_determinism(pictures):
@@ -65,6 +69,7 @@ def test_vmap_agrees_with_the_loop(pictures):
         np.testing.assert_allclose(one, images[i], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_render_is_resolution_independent(pictures):
     keys, some, images = pictures
     render_large = jax.jit(jax.vmap(functools.partial(scenes.render, image_size=128)))
@@ -102,8 +107,8 @@ def test_held_out_table_spares_every_pair():
 
 
 def test_split_rule(train, held_out):
-    assert not jax.vmap(scenes.is_held_out)(train).any()
-    assert jax.vmap(scenes.is_held_out)(held_out).all()
+    assert not IS_HELD_OUT(train).any()
+    assert IS_HELD_OUT(held_out).all()
 
 
 @pytest.mark.parametrize("split", scenes.SPLITS)
@@ -134,7 +139,7 @@ def test_unknown_split_raises():
 
 
 def test_labels_follow_attributes(train):
-    values = np.asarray(jax.vmap(scenes.labels)(train))
+    values = np.asarray(LABELS(train))
     assert values.shape == (NUM, 12) and values.dtype == np.int32
     assert [name for name, _ in scenes.ATTRIBUTES][:5] == ["time", "sky", "ground", "left_kind", "left_colour"]
     np.testing.assert_array_equal(values.max(axis=0) + 1, [num for _, num in scenes.ATTRIBUTES])

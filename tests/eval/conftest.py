@@ -1,50 +1,54 @@
-"""A tiny scenes model with random weights, in the shipped layout."""
+"""Benchmarks of the tests do not measure the machine; what they would start as a process runs in this one."""
 
-import dataclasses
+import importlib
+import sys
+import time
 
 import jax
-import numpy as np
 import pytest
-from flax import nnx
 
 from eval import benchmark
-from eval.measure import ceilings
-from megjax.diffusion.clip import CLIPTextModel
-from megjax.diffusion.generation import Graphs
-from megjax.diffusion.pipeline import Configs, StableDiffusion
-from megjax.diffusion.unet import UNet2DConditionModel
-from megjax.diffusion.vae import AutoencoderKL
-from megjax.ldm.fitting import prepare_tokenizer
-from megjax.ldm.recipe import PRESETS
-from megjax.metrics import SceneNet
-from megjax.system import SourceStatistics
+from eval.peers import lines
+
+CEILINGS = {"matmul_float32": 1e12, "matmul_bfloat16": 2e12, "copy_bytes": 1e10}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_measurements():
+    """One call a sample, and ceilings that are given: a machine's take minutes on a slow one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eval.measure.MIN_SAMPLE_S", 0.0)
+        patch.setattr(benchmark, "ceilings", lambda: CEILINGS)
+        yield
 
 
 @pytest.fixture(autouse=True)
-def quick_ceilings(monkeypatch):
-    """Benchmarks measure the device's ceilings first, at sizes that take minutes on a slow one."""
-    monkeypatch.setattr(benchmark, "ceilings", lambda: ceilings(3, 64, 2**16))
+def kept_programs():
+    """Scripts that count what they compile turn JAX's cache of programs off."""
+    before = jax.config.jax_enable_compilation_cache
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
-    """Folder of the model."""
-    folder = tmp_path_factory.mktemp("tiny")
-    recipe = dataclasses.replace(PRESETS["tiny"], image_size=32)  # 16x16 pixels are too few symbols for the link
-    tokenizer = prepare_tokenizer(folder / "run")
-    configs = Configs(
-        recipe.text_config(len(tokenizer)), recipe.unet_config, recipe.vae_config, recipe.scheduler_config
-    )
-    rngs = nnx.Rngs(0)
-    parts = {
-        "text_encoder": nnx.split(CLIPTextModel(configs.text_encoder, rngs=rngs)),
-        "unet": nnx.split(UNet2DConditionModel(configs.unet, rngs=rngs)),
-        "vae": nnx.split(AutoencoderKL(configs.vae, rngs=rngs)),
-    }
-    graphs = Graphs(**{name: graph for name, (graph, _) in parts.items()}, scaling_factor=1.0)
-    params = {name: jax.tree.map(np.asarray, state) for name, (_, state) in parts.items()}
-    pipe = StableDiffusion(configs, graphs, params, tokenizer)
-    pipe.save_pretrained(folder / "model", dtype=np.float16, variant="fp16")
-    SceneNet(recipe.scenenet_config, rngs).save(folder / "model" / "scenenet")
-    SourceStatistics().save(folder / "model")
-    return folder / "model"
+class Here:
+    """Stands in for `lines.Served`: this process makes the implementation and calls it."""
+
+    def __init__(self, command, request, environ=None):
+        python, option, module = command
+        assert (python, option) == (sys.executable, "-m")
+        self.about, self._call, _ = importlib.import_module(module)._make(request)
+
+    def __call__(self):
+        started = time.perf_counter()
+        self._call()
+        return {"seconds": time.perf_counter() - started, "peak_bytes": lines.peak_bytes()}
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """`Here`, for a stage that takes it in place of `lines.Served`."""
+    monkeypatch.setattr("megjax.runtime.enable_compilation_cache", lambda: None)
+    return Here

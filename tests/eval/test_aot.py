@@ -21,7 +21,11 @@ from megjax.sharding import AXES
 from megjax.tpu import TpuConfig
 
 FOLDER = Path(__file__).parents[2] / "tpu_configs"
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+without_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+def needs_libtpu(test):
+    return pytest.mark.slow(without_libtpu(test))
 
 
 def num_parameters(build, config):
@@ -30,9 +34,13 @@ def num_parameters(build, config):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "unet"), [("sd15", 123_060_480, 859_520_964), ("sd21", 340_387_840, 865_910_724)]
+    ("name", "text", "unet"),
+    [
+        ("sd15", 123_060_480, 859_520_964),
+        pytest.param("sd21", 340_387_840, 865_910_724, marks=pytest.mark.slow),
+    ],
 )
-def test_models_have_the_published_number_of_parameters(name, text, unet):
+def test_models_have_the_published_number_of_parameters(name, text, unet, unchecked):
     configs, length = aot_jobs.model_configs(name, jnp.bfloat16)
     assert length == 77
     assert num_parameters(CLIPTextModel, configs.text_encoder) == text
@@ -40,8 +48,10 @@ def test_models_have_the_published_number_of_parameters(name, text, unet):
     assert num_parameters(AutoencoderKL, configs.vae) == 83_653_863
 
 
-@pytest.mark.parametrize("job", aot_jobs.JOBS)
-def test_jobs_of_the_bundled_model_lower(job):
+@pytest.mark.parametrize(
+    "job", [job if job == "sweep" else pytest.param(job, marks=pytest.mark.slow) for job in aot_jobs.JOBS]
+)
+def test_jobs_of_the_bundled_model_lower(job, unchecked):
     """On one CPU device, which has no less to trace than a topology."""
     config = TpuConfig.from_file(FOLDER / "v5e-8.json")
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
@@ -58,11 +68,13 @@ def test_batches_follow_the_size_of_images(model, images):
     assert config.batch.generate == 32 and aot_jobs.Jobs(config, mesh, model)._count("generate") == images
 
 
-def test_unknown_names(tmp_path):
+def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match="--job is 'paint'"):
         aot.run(aot.Arguments(job="paint", output=tmp_path))
     with pytest.raises(ValueError, match="--model-config is 'sdxl'"):
         aot.run(aot.Arguments(model_config="sdxl", output=tmp_path))
+    with pytest.raises(ValueError, match="--effort is 2"):
+        aot.run(aot.Arguments(effort=2.0, output=tmp_path))
 
 
 def test_the_plan_has_every_job_on_every_topology():
@@ -163,5 +175,3 @@ def test_devices_of_latency_are_checked(tmp_path):
     for mesh in ((0, 4), (4, 4)):
         with pytest.raises(ValueError, match="latency.mesh"):
             aot.run(aot.Arguments(FOLDER / "v5e-8.json", "latency", latency_mesh=mesh, output=tmp_path))
-    with pytest.raises(ValueError, match="--effort is 2"):
-        aot.run(aot.Arguments(effort=2.0, output=tmp_path))

@@ -21,6 +21,9 @@ SMALL = UNetConfig(
 )
 
 
+pytestmark = pytest.mark.usefixtures("module_unchecked", "fast_compile")
+
+
 @pytest.fixture(autouse=True)
 def small_and_without_the_old_flax(monkeypatch, tmp_path):
     monkeypatch.setattr(flax_diffusers, "PYTHON", tmp_path / "none")
@@ -29,8 +32,8 @@ def small_and_without_the_old_flax(monkeypatch, tmp_path):
     monkeypatch.setattr(diffusion, "SIDE", 256)
 
 
+@pytest.mark.slow
 def test_the_stage_writes_its_rows_and_tables(tmp_path, capsys):
-    pytest.importorskip("torch")
     stage = {"stage": "diffusion", "model": "scenes", "unet_batches": (2,), "rounds": 3, "torch_compile": False}
     benchmark.run(benchmark.Arguments(**stage, folder=tmp_path))
     (path,) = tmp_path.glob("diffusion-*.json")
@@ -45,6 +48,7 @@ def test_the_stage_writes_its_rows_and_tables(tmp_path, capsys):
     assert "U-Net of scenes, 64x64 pixels" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_pytorch_the_peer_is_missing(monkeypatch):
     monkeypatch.setattr(diffusion, "peer", lambda name: None)
     rows, missing, _ = diffusion.run("scenes", (2,), 3, True, True)

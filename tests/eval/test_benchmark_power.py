@@ -11,23 +11,22 @@ from eval import benchmark
 from eval.peers import purejaxrl_power
 from eval.stages import power
 from megjax.power import PowerControl, PPOConfig
+from tests.checks import within_standard_error
 
 T = 4
 ENV = PowerControl(T)
 PARAMS = ENV.make_params(snr_db=(0.0, 10.0))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def keys_in_states():
-    """The checker takes a state's key for used when a finished episode is replaced by the next inside a scan."""
-    with jax.debug_key_reuse(False):
-        yield
+# The checker of keys takes a state's for used when a finished episode is replaced by the next inside a scan.
+pytestmark = pytest.mark.usefixtures("module_unchecked", "fast_compile")
 
 
 def loop(num_steps=T, **changes):
     return purejaxrl_power.Loop(ENV, 16, num_steps, 2, 4, (8, 8), **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every_step", [True, False])
 def test_rollouts_of_the_loop_are_episodes(every_step):
     agent = loop(2 * T if every_step else T, every_step=every_step)
@@ -54,6 +53,7 @@ def test_advantages_by_hand():
     assert targets == pytest.approx(expected + np.asarray(values))
 
 
+@pytest.mark.slow
 def test_the_loop_learns_with_what_it_sees():
     agent = purejaxrl_power.Loop(ENV, 128, T, 4, 4, (16,), every_step=False)
     update = jax.jit(agent.update)
@@ -71,6 +71,7 @@ def test_both_ways_to_reset_start_alike():
     assert np.array_equal(states[0].obs, states[1].obs)
 
 
+@pytest.mark.slow
 def test_rollouts_do_the_work():
     num = 512
     contenders = {contender.name: contender for contender in power.rollouts(ENV, PARAMS, num)}
@@ -82,17 +83,18 @@ def test_rollouts_do_the_work():
     assert np.array_equal(done, np.tile(np.arange(T) == T - 1, (num, 1)))
     totals = [np.asarray(x.sum(1)) for x in (rewards, stepped)]  # the same law
     error = np.sqrt(sum(x.var() / num for x in totals))
-    assert abs(totals[0].mean() - totals[1].mean()) < 4 * error
+    within_standard_error(totals[0] - totals[1], 0)
     assert returns.mean() > totals[0].mean() + 3 * error  # equal shares of all energy are better than random ones
 
 
+@pytest.mark.slow
 def test_the_stage_writes_rows_and_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(power, "NUM_BLOCKS", T)
-    rollouts = power.rollouts
+    rollouts, trainers = power.rollouts, power.trainers
     monkeypatch.setattr(power, "rollouts", lambda *args: rollouts(*args)[:1])
+    monkeypatch.setattr(power, "trainers", lambda *args: trainers(*args)[::2])  # without the second version of each
     monkeypatch.setattr(power, "time_to_gap", lambda *args: power.Gap(10, 2.0, 5.0, (0.951, 0.96, 0.99)))
     monkeypatch.setattr(power, "SHAPE", {"epochs": 1, "minibatches": 2, "hidden": (4,)})
-    monkeypatch.setattr("eval.measure.MIN_SAMPLE_S", 1e-3)
     arguments = benchmark.Arguments("power", batches=(8,), envs=(16,), gap_updates=2, rounds=3, folder=tmp_path)
     benchmark.run(arguments)
     (path,) = tmp_path.glob("power-*.json")
@@ -114,6 +116,7 @@ def test_the_stage_writes_rows_and_tables(tmp_path, monkeypatch):
     assert f"| {ratio:.2f} |" in text and "of PureJaxRL-style" in text and "Time to 95 % of the gap" in text
 
 
+@pytest.mark.slow
 def test_time_to_the_gap_is_when_it_is_reached(monkeypatch):
     monkeypatch.setattr(power, "GAP_SHARE", 0.3)
     monkeypatch.setattr(power, "EVERY", 5)

@@ -1,5 +1,8 @@
 """The stages of layers, images, guidance, scaling and profiles at tiny sizes, and the table of what was aimed at."""
 
+import importlib
+import json
+import os
 import re
 import sys
 from types import SimpleNamespace
@@ -11,8 +14,12 @@ import pytest
 
 from eval import benchmark
 from eval.measure import ceilings
-from eval.peers import lines
-from eval.stages import guidance, image, layer_choices, limits, profile, scaling, startup, summary
+from eval.peers import flax_diffusers, lines
+from eval.stages import channel, guidance, image, layer_choices, limits, profile, scaling, startup, summary
+from megjax.diffusion.pipeline import Configs
+from megjax.ldm.recipe import PRESETS
+
+pytestmark = pytest.mark.usefixtures("module_unchecked", "fast_compile")
 
 
 def printed(stage, rows):
@@ -37,21 +44,42 @@ def test_a_way_that_gives_something_else_is_refused(monkeypatch):
         layer_choices.run(1, 3, ((8, 4),), (), (), ())
 
 
+def tiny_configs(name, dtype):
+    """In place of `model_configs`."""
+    recipe = PRESETS["tiny"]
+    return Configs(recipe.text_config(600), recipe.unet_config, recipe.vae_config, recipe.scheduler_config), 8
+
+
 @pytest.mark.slow
-def test_images_of_both_sides():
-    pytest.importorskip("torch")
-    starts = {image.MEGJAX: image.image_process.start, image.EAGER: image.torch_image.start}
-    rows, missing, notes = image.run("scenes", (1,), 2, 1, True, compiled=False)
+def test_images_of_both_sides(monkeypatch, here, tmp_path):
+    for module in (image.image_process, image.torch_image):
+        monkeypatch.setattr(module, "Served", here)
+    for module in (image, importlib.import_module("eval.aot_jobs")):
+        monkeypatch.setattr(module, "model_configs", tiny_configs)
+    monkeypatch.setattr(flax_diffusers, "PYTHON", tmp_path / "none")
+    rows, missing, notes = image.run("scenes", (1,), 1, 1, True, compiled=False)
     rows = {row["implementation"]: row for row in rows}
-    assert set(rows) >= set(starts) and set(missing) <= {"flax_diffusers"}
+    assert set(rows) == {image.MEGJAX, image.EAGER} and missing == ["flax_diffusers"]
     ours = rows[image.MEGJAX]
-    assert 0 < ours["cached_s"] < ours["compilation_s"] and ours["temporary_bytes"] > 0
+    assert ours["cached_s"] > 0 and ours["compilation_s"] > 0 and ours["temporary_bytes"] > 0
     assert all(row["peak_bytes"] > 2**26 and row["seconds"] > 0 for row in rows.values())
     assert ours["ratio_to_eager"] == pytest.approx(rows[image.EAGER]["seconds"] / ours["seconds"])
     assert any("not asked for" in note for note in notes)
     printed(image, rows.values())
 
 
+@pytest.mark.slow
+def test_a_process_answers():
+    code = "from eval.peers.lines import serve; serve(lambda asked: ({'twice': 2 * asked['x']}, lambda: print(), %s))"
+    for peak in ("None", "lambda: 5"):
+        served = lines.Served([sys.executable, "-c", code % peak], {"x": 4})
+        first, second = served(), served()
+        served.close()
+        assert served.about == {"twice": 8} and first["seconds"] > 0
+        assert second["peak_bytes"] == 5 if "5" in peak else second["peak_bytes"] > 2**20
+
+
+@pytest.mark.slow
 def test_a_process_that_ends_is_left_out():
     def start(environ):
         return lines.Served([sys.executable, "-c", "raise SystemExit(3)"], {})
@@ -85,7 +113,6 @@ def test_guidance(monkeypatch):
 
 def test_scaling(monkeypatch):
     monkeypatch.setattr(scaling.StableDiffusion, "from_pretrained", lambda name: FakePipe())
-    monkeypatch.setattr("eval.measure.MIN_SAMPLE_S", 0.001)
     rows, _, _ = scaling.run(3, with_unet=False)
     assert [row["implementation"] for row in rows[:4]] == [f"batch {n}" for n in scaling.BATCHES]
     assert len(rows) == len(scaling.BATCHES) + len(scaling.SIDES) + len(scaling.STEPS)
@@ -93,28 +120,66 @@ def test_scaling(monkeypatch):
     printed(scaling, rows)
 
 
-@pytest.mark.slow
-def test_startup():
-    """Bundled model in two new processes: the second reads the programs that the first compiled."""
-    rows, _, _ = startup.run(1)
-    empty, warm = rows
-    assert (empty["implementation"], warm["implementation"]) == (startup.EMPTY, startup.WARM)
-    assert warm["first_image_s"] < empty["first_image_s"]
+def test_startup(monkeypatch, here):
+    """Of the two starts of a round the second finds the folder of the first, and no round that of another."""
+    folders = []
+
+    def served(command, request, environ):
+        folders.append(environ["JAX_COMPILATION_CACHE_DIR"])
+        return here(command, request)
+
+    monkeypatch.setattr(startup, "Served", served)
+    monkeypatch.setattr("megjax.diffusion.pipeline.StableDiffusion.from_pretrained", lambda name: FakePipe())
+    rows, _, _ = startup.run(2)
+    assert folders == [folders[0]] * 2 + [folders[2]] * 2 and folders[0] != folders[2]
+    assert [row["implementation"] for row in rows] == [startup.EMPTY, startup.WARM]
     for row in rows:
         assert 0 < sum(row[part] for part in startup.PARTS[:3]) < row["seconds"]
     printed(startup, rows)
 
 
-def test_limits():
-    """The channel's program, next to ceilings of 1: XLA's count of operations for 65,536 realisations."""
+NUM = 2_048
+"""Realisations of the channel's program."""
+
+
+def answer(module, request):
+    """What a stage's process says of itself, with the channel's program for so few."""
+    whole = channel.block_fading
+    channel.block_fading = lambda batch, installed: whole(NUM, installed)
+    jax.config.update("jax_enable_compilation_cache", json.loads(os.environ["JAX_ENABLE_COMPILATION_CACHE"]))
+    print("answer:", json.dumps(importlib.import_module(module)._make(request)[0]))
+
+
+@pytest.fixture
+def forked(processes, monkeypatch):
+    """A stage's process is a fork that has imported the library, and its program small."""
+
+    def served(command, request, environ):
+        said = processes.run(answer, command[2], request, environ=environ)
+        return SimpleNamespace(about=json.loads(said.rpartition("answer: ")[2]), close=lambda: None)
+
+    monkeypatch.setattr(profile, "Served", served)
+
+
+@pytest.mark.slow
+def test_limits(forked):
+    """The channel's program, next to ceilings of 1: XLA's count of operations."""
     rows, _, notes = limits.run({"matmul_float32": 1.0, "copy_bytes": 1.0}, ("channel",))
     assert rows, notes
     (row,) = rows
     # 16 x 64 complex symbols are written; a number takes tens of operations, a realisation is not stored twice.
-    assert 65_536 * 1024 * 8 < row["bytes"] < 4 * 65_536 * 1024 * 8
-    assert 20 < row["flops"] / (65_536 * 1024) < 2_000
+    assert NUM * 1024 * 8 < row["bytes"] < 4 * NUM * 1024 * 8
+    assert 20 < row["flops"] / (NUM * 1024) < 2_000
     assert row["share_of_matmul"] == row["flops_per_second"] == row["flops"] / row["seconds"]
     printed(limits, rows)
+
+
+@pytest.mark.slow
+def test_profiles_name_functions_of_the_library(forked):
+    rows, _, notes = profile.run(("channel",))
+    assert rows, notes
+    assert rows[0]["file"].startswith("megjax/channel/") and 0 < rows[0]["share"] <= 1
+    printed(profile, rows)
 
 
 def test_work_of_repeated_programs(tmp_path):
@@ -129,13 +194,6 @@ def test_work_of_repeated_programs(tmp_path):
         assert limits.work_of(lambda: None, str(tmp_path)).flops == 3 * 2 * 64**3
         with pytest.raises(RuntimeError, match="its text is not there"):
             limits.work_of(lambda: None, str(tmp_path / "nowhere"))
-
-
-def test_profiles_name_functions_of_the_library():
-    rows, _, notes = profile.run(("channel",))
-    assert rows, notes
-    assert rows[0]["file"].startswith("megjax/channel/") and 0 < rows[0]["share"] <= 1
-    printed(profile, rows)
 
 
 def test_places_of_operations():

@@ -20,7 +20,7 @@ PLOTS = ("nmse", "psnr", "additive", "load")
 
 
 @pytest.fixture(scope="module")
-def arguments(tiny_model, tmp_path_factory):
+def arguments(tiny_model, tmp_path_factory, module_unchecked, fast_compile):
     """Untrained codec and denoiser of the tiny model's latents, 4x4x4."""
     folder = tmp_path_factory.mktemp("codec")
     args = Arguments(
@@ -58,6 +58,7 @@ def select(frame, **values):
     return frame
 
 
+@pytest.mark.slow
 def test_table_covers_every_row(result):
     frame, folder = result
     pd.testing.assert_frame_equal(pd.read_parquet(folder / "results.parquet"), frame)
@@ -80,6 +81,7 @@ def test_table_covers_every_row(result):
     assert (select(frame, mode="equal_power").budget == 1).all()
 
 
+@pytest.mark.slow
 def test_values_are_plausible(result):
     """Without fading the untrained codec is the KLT but for the law of its loads and their grid."""
     frame = select(result[0], mode="equal_energy", fading="awgn", mapping="ordered")
@@ -94,6 +96,7 @@ def test_values_are_plausible(result):
     assert np.all(np.abs(select(frame, scheme="opta").eval("nmse_high - nmse_low")) < 1e-6)
 
 
+@pytest.mark.slow
 def test_intervals_are_those_of_the_library(result):
     """The resamples that all columns share are those that `bootstrap_interval` draws."""
     frame, folder = result
@@ -104,6 +107,7 @@ def test_intervals_are_those_of_the_library(result):
     np.testing.assert_allclose(row.psnr_db, values.mean(), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_comparisons_are_differences_of_the_table(result):
     frame, folder = result
     comparisons = pd.read_parquet(folder / "comparisons.parquet")
@@ -119,12 +123,14 @@ def test_comparisons_are_differences_of_the_table(result):
     assert comparisons[comparisons.fading == "rayleigh"].query("mode == 'equal_energy'").psnr_gain_db.notna().all()
 
 
+@pytest.mark.slow
 def test_share_of_the_gap(result):
     gap = pd.read_parquet(result[1] / "gap.parquet")
     assert set(gap.rate) == {4.0} and set(gap.snr_db) == {0.0, 10.0} and len(gap) == 4
     np.testing.assert_allclose(gap.share, (gap.klt_nmse_db - gap.seed_nmse_db) / gap.gap_db, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_block_weights_and_additive_model(result):
     blocks = pd.read_parquet(result[1] / "blocks.parquet")
     np.testing.assert_allclose(blocks.groupby("snr_db")[["load", "weight"]].mean(), 1.0, rtol=1e-5)
@@ -134,42 +140,43 @@ def test_block_weights_and_additive_model(result):
     assert (additive.r_squared > 0.8).all()
 
 
+@pytest.mark.slow
 def test_plots_and_markdown(result):
-    import matplotlib.image
-
-    for name in PLOTS:
-        assert matplotlib.image.imread(result[1] / f"{name}.png").shape[1] > 400
+    assert {path.stem for path in result[1].glob("*.png")} == set(PLOTS)
     text = (result[1] / "docs_table.md").read_text()
     assert "| seed, r = 4 |" in text and "| raw + Wiener |" in text and "nan" not in text
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_files(result, arguments, tmp_path, monkeypatch):
-    args = dataclasses.replace(arguments, output=tmp_path)
-    measure, done = Bench.measure, []
+    folder = shutil.copytree(result[1], tmp_path / "output")
+    written = [f"{name}.parquet" for name in TABLES] + [f"{name}.png" for name in PLOTS] + ["docs_table.md"]
+    lost = sorted((folder / "points").glob("*-rayleigh-*"))[::8]
+    for path in (*lost, *(folder / name for name in written)):
+        path.unlink()
+    args, measure, done = dataclasses.replace(arguments, output=folder), Bench.measure, []
 
     def stopped(bench, point, names):
-        if len(done) == 7:
+        if len(done) == 2:
             raise KeyboardInterrupt
-        done.append(point)
+        done.append(point.name)
         return measure(bench, point, names)
 
     monkeypatch.setattr(Bench, "measure", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(args)
-    assert len(list((tmp_path / "points").iterdir())) == 7 and not (tmp_path / "results.parquet").exists()
-    monkeypatch.setattr(Bench, "measure", lambda bench, *point: (done.append(point[0]), measure(bench, *point))[1])
+    assert sum(path.exists() for path in lost) == 2 < len(lost) and not (folder / "results.parquet").exists()
+    monkeypatch.setattr(Bench, "measure", lambda bench, *point: (done.append(point[0].name), measure(bench, *point))[1])
     run(args)
-    assert len(done) == len(set(done))
-    for name in [f"{name}.parquet" for name in TABLES] + [f"{name}.png" for name in PLOTS] + ["docs_table.md"]:
-        assert (tmp_path / name).read_bytes() == (result[1] / name).read_bytes(), name
-    assert list(tmp_path.rglob("*.part")) == []
+    assert sorted(done) == [path.stem for path in lost]
+    for name in [*written, *(f"points/{path.name}" for path in lost)]:
+        assert (folder / name).read_bytes() == (result[1] / name).read_bytes(), name
+    assert list(folder.rglob("*.part")) == []
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num": 12}, "holds points made with another num; choose another --output"),
-        ({"seed": 1, "steps": 2}, "made with another seed, steps"),
         ({"num": 0}, "arguments: num is 0"),
         ({"num_training": 1}, "--num, --num-training is .*2 or more"),
         ({"rates": (64.0,)}, "num_symbols is"),
@@ -179,15 +186,35 @@ def test_a_stopped_run_goes_on_to_the_same_files(result, arguments, tmp_path, mo
         ({"snr_db": (float("nan"),)}, "snr_db is .*finite"),
         ({"seed": -1}, "--seed is -1"),
         ({"codec": "/nowhere"}, "codec is '/nowhere'"),
+        ({"codec": "scenes"}, "--codec is .*; it must be a codec for the model's latents"),
         ({"model": "/nowhere"}, "model '/nowhere' is no folder"),
     ],
 )
-def test_bad_input_is_one_clear_line(result, arguments, change, message):
+def test_bad_input_is_one_clear_line(tiny_model, tiny_codec, tmp_path, change, message):
+    args = Arguments(codec=str(tiny_codec), model=str(tiny_model), denoiser=tmp_path / "none", output=tmp_path)
     with pytest.raises(ValueError, match=message) as error:
-        run(dataclasses.replace(arguments, **change))
+        run(dataclasses.replace(args, **change))
     assert "\n" not in str(error.value)
 
 
+def test_points_of_other_settings_are_refused(tmp_path):
+    """A denoiser may join them, and stays when it is left out."""
+    config = {"codec": "a", "denoiser": None, "num": 24, "seed": 0, "steps": 1}
+    for _ in range(2):
+        evaluation.claim(tmp_path, dict(config))
+    assert (tmp_path / "points").is_dir()
+    evaluation.claim(tmp_path, config | {"denoiser": "b"})
+    evaluation.claim(tmp_path, dict(config))
+    for change, names in (
+        ({"num": 12}, "num"),
+        ({"seed": 1, "steps": 2}, "seed, steps"),
+        ({"denoiser": "c", "codec": "b"}, "codec, denoiser"),
+    ):
+        with pytest.raises(ValueError, match=f"{tmp_path} holds points made with another {names}; choose another"):
+            evaluation.claim(tmp_path, config | change)
+
+
+@pytest.mark.slow
 def test_another_codec_is_refused_and_a_denoiser_has_to_be_one(result, arguments):
     other = dataclasses.replace(arguments, codec=str(arguments.denoiser))
     with pytest.raises(ValueError, match=f"{arguments.output} holds points made with another codec"):
@@ -196,6 +223,7 @@ def test_another_codec_is_refused_and_a_denoiser_has_to_be_one(result, arguments
         run(dataclasses.replace(arguments, denoiser=arguments.denoiser.parent / "codec"))
 
 
+@pytest.mark.slow
 def test_without_a_denoiser_its_rows_are_left_out_and_its_points_kept(result, arguments, capsys, monkeypatch):
     files = set((result[1] / "points").iterdir())
     monkeypatch.setattr(evaluation.codec_plots, "write", lambda output, rows, files, *_, **__: rows)
@@ -205,7 +233,9 @@ def test_without_a_denoiser_its_rows_are_left_out_and_its_points_kept(result, ar
     assert set((result[1] / "points").iterdir()) == files
 
 
-def test_images_of_another_rate_are_measured_when_asked_for(result, arguments, tmp_path):
+@pytest.mark.slow
+def test_images_of_another_rate_are_measured_when_asked_for(result, arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation.codec_plots, "draw", lambda *_: None)
     folder = shutil.copytree(arguments.output, tmp_path / "output")
     for path in (folder / "points").glob("seed-rayleigh-codec-*-8-*.safetensors"):
         path.write_bytes(save({"nmse": load_file(path)["nmse"]}))

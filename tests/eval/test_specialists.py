@@ -15,7 +15,7 @@ from megjax.data import latents
 
 
 @pytest.fixture(scope="module")
-def arguments(tmp_path_factory):
+def arguments(tmp_path_factory, module_unchecked, fast_compile):
     folder = tmp_path_factory.mktemp("specialists")
     z = np.asarray(jax.random.normal(jax.random.key(0), (40, 8, 8, 4)))
     for name in ("generated", "encoded", "held_out"):
@@ -27,6 +27,7 @@ def arguments(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_runs_and_resumes_to_the_same_numbers(arguments):
     rows = specialists.run(arguments)
     assert [row["fading"] for row in rows] == ["awgn", "rayleigh"]
@@ -41,6 +42,7 @@ def test_loss_is_the_ratio_of_means():
     assert found["loss_db"] == pytest.approx(10 * np.log10(2)) == found["low"] == found["high"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"preset": "huge"}, "--preset is 'huge'"), ({"steps": 0}, "steps is 0"), ({"rates": (0.5,)}, "rate is 0.5")],

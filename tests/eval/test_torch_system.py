@@ -1,20 +1,18 @@
 """Tests of the PyTorch peer of scheme `seed`: for the same gains and noise it receives what the library receives."""
 
-import importlib
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
 import megjax
-from eval.stages.codec import compiler_problem
+from eval.peers import torch_system
 from megjax.channel import RayleighFading, complex_normal, unpack
 from megjax.codec import link, schemes
-
-torch = pytest.importorskip("torch")
-torch_system = importlib.import_module("eval.peers.torch_system")
 
 NUM, REALISATIONS, BLOCKS = 3, 4, 16
 CASES = [(32, 0.0, "ordered"), (45, 6.3, "interleaved"), (101, -4.1, "ordered")]
@@ -31,7 +29,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def models():
+def models(module_unchecked, fast_compile):
     return megjax.StableDiffusion.from_pretrained("scenes"), megjax.SeedCodec.from_pretrained("scenes")
 
 
@@ -78,6 +76,7 @@ def tensor(array):
     return torch.from_numpy(np.array(array))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_peer_receives_the_same(models, draws, case):
     (pipe, codec), (keys, gains), (num_symbols, snr_db, mapping) = models, draws, case
@@ -106,6 +105,7 @@ def test_symbols_have_unit_power_in_every_block(models):
         assert abs(power.mean() - 1) < 0.1  # the moments are those of the training set
 
 
+@pytest.mark.slow
 def test_own_draws_have_the_same_law(models):
     (pipe, codec), num_symbols, snr_db, times = models, 32, 0.0, 256
     latents = codec.validation[:32]
@@ -132,10 +132,9 @@ def test_bad_arguments(models):
 
 
 @pytest.mark.slow
-def test_the_compiled_link_receives_the_same(models, draws):
-    problem = compiler_problem(on_cpu=True)
-    if problem:
-        pytest.skip(problem)
+def test_the_compiled_link_receives_the_same(models, draws, monkeypatch):
+    """As graphs with their functions split up; code is not generated from them, which takes a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     noise = tensor(noise_of(jax.random.clone(draws[0]), 32, "ordered"))
     arguments = tensor(models[1].validation[:NUM]), REALISATIONS, None, tensor(draws[1]), noise
     eager, compiled = (torch_system.make_link(*models, 32, 0.0, compiled=c)(*arguments) for c in (False, True))

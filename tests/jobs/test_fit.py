@@ -1,105 +1,93 @@
-"""Training on many devices and processes, and its end by SIGTERM: the same numbers as on one device, undisturbed."""
+"""The fit loop on many devices and processes, told to stop, killed, or alone: the same numbers as undisturbed."""
 
-import json
+import functools
 import os
+import re
 import signal
-import socket
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
-import jax.numpy as jnp
-import numpy as np
-import pytest
-
-from megjax.training import FitConfig, fit
-
-HERE = Path(__file__).parent
-HEAD = f"""
-import sys
-sys.path[:0] = {[str(HERE), str(HERE.parent)]!r}
-from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-"""
-TRAINING = """
-import os, signal
-import test_training as t
-from megjax import training
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-def train(folder, stop_at=None, num_shards=1):
+from megjax import runtime, sharding, termination, training
+from megjax.sharding import MeshConfig, fsdp_specs, make_mesh
+from megjax.training import data_parallel
+from tests.checks import assert_equal_losses, assert_equal_trees, metric_rows
+from tests.test_training import CONFIG, EVERY_LOG, run
+
+pytestmark = pytest.mark.slow
+
+
+def signal_before(step, number):
+    """From now on this process sends itself a signal before the chunk of training that starts at a step."""
     make_chunk = training.make_chunk
 
     def signalling(config, loss_fn):
         chunk = make_chunk(config, loss_fn)
 
         def run(state, *rest):
-            if stop_at is not None and int(state.step) == stop_at:
-                os.kill(os.getpid(), signal.SIGTERM)
+            if int(state.step) == step:
+                os.kill(os.getpid(), number)
             return chunk(state, *rest)
 
         return run
 
     training.make_chunk = signalling
-    saved = []
-    state = t.run(Path(folder), num_shards=num_shards, on_checkpoint=lambda state: saved.append(int(state.step)))
-    print("finished", int(state.step), saved)
-    return state
-"""
 
 
-def start(code, *arguments, devices=1):
-    head = f"import jax\njax.config.update('jax_num_cpu_devices', {devices})\n"
-    command = [sys.executable, "-c", head + HEAD + textwrap.dedent(code), *map(str, arguments)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def train(folder, stop=None, config=CONFIG, **options):
+    """Train to the end, or until a signal at a step; prints that the end was reached."""
+    if stop is not None:
+        signal_before(*stop)
+    state = run(folder, config, **options)
+    print("finished", int(state.step))
 
 
-def finish(process, status=0):
-    """What the process printed; it must end with this status."""
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == status, err[-3000:]
-    return out
+def checkpoints(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
 
 
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(tmp_path):
+def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(processes, tmp_path):
     """The signal comes in the chunk from step 16 to 20; log lines are at 14 and 21."""
-    code = TRAINING + "\nstate = train(sys.argv[1], 16 if sys.argv[2] == 'stop' else None)\n"
-    code += "np.save(Path(sys.argv[1]) / 'w.npy', np.asarray(state.params['w']))\n"
-    assert "finished" not in finish(start(code, tmp_path / "stopped", "stop"), -signal.SIGTERM)
-    assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["20"]
-    assert [row["step"] for row in rows(tmp_path / "stopped")] == [7, 14]
-    for folder in ("stopped", "whole"):
-        assert "finished 60" in finish(start(code, tmp_path / folder, "go"))
-    whole, resumed = (np.load(tmp_path / folder / "w.npy") for folder in ("whole", "stopped"))
-    np.testing.assert_array_equal(resumed, whole)
-    for a, b in zip(rows(tmp_path / "stopped"), rows(tmp_path / "whole"), strict=True):
-        assert a == pytest.approx(b, rel=1e-6)
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    assert "finished" not in processes.start(train, stopped, (16, signal.SIGTERM)).finish(-signal.SIGTERM)
+    assert checkpoints(stopped) == [20]
+    assert [row["step"] for row in metric_rows(stopped)] == [7, 14]
+    assert_equal_trees(run(stopped), run(whole))
+    assert metric_rows(stopped) == metric_rows(whole)
 
 
-def test_the_previous_handler_returns(tmp_path):
-    before, during = signal.getsignal(signal.SIGTERM), []
-
-    def loss_fn(params, data, key):
-        during.append(signal.getsignal(signal.SIGTERM))
-        return jnp.square(params), {}
-
-    fit(loss_fn, jnp.float32(1), (), FitConfig(num_steps=2, warmup_steps=1), tmp_path)
-    assert during and before not in during
-    assert signal.getsignal(signal.SIGTERM) == before
+def test_a_killed_process_resumes_to_the_same_end(processes, tmp_path):
+    killed = tmp_path / "killed"
+    processes.start(train, killed, (16, signal.SIGKILL), EVERY_LOG).finish(-signal.SIGKILL)
+    assert checkpoints(killed) == [7, 14]
+    assert_equal_trees(run(killed, EVERY_LOG), run(tmp_path / "whole", EVERY_LOG))
 
 
-def test_split_parameters_give_the_same_loss_and_gradients():
-    code = """
-    from jax.sharding import NamedSharding, PartitionSpec
-    from megjax.sharding import MeshConfig, fsdp_specs, make_mesh
-    from megjax.training import data_parallel
+def train_two_halves(folder):
+    """On two devices, once to the end and once until a checkpoint on the way."""
+    assert jax.device_count() == 2
+    run(folder / "whole", EVERY_LOG, num_shards=2)
+
+    def stop(state):
+        if int(state.step) == 28:
+            raise SystemExit
+
+    run(folder / "half", EVERY_LOG, num_shards=2, on_checkpoint=stop)
+
+
+def test_one_and_two_devices_agree_and_resume_each_other(processes, tmp_path):
+    processes.run(train_two_halves, tmp_path, devices=2)
+    alone, finished, resumed = (run(tmp_path / name, EVERY_LOG, num_shards=2) for name in ("alone", "whole", "half"))
+    # Sixty Adam steps carry float32 rounding on; parameters are of size 1.
+    np.testing.assert_allclose(finished.params["w"], alone.params["w"], atol=1e-5)
+    np.testing.assert_allclose(resumed.params["w"], alone.params["w"], atol=1e-5)
+
+
+def split_parameters():
+    """Loss, gradients and data seen by a device, with parameters whole on every device and split over four."""
 
     def loss_fn(params, data, key):
         x = data[jax.random.randint(key, (4,), 0, len(data))]
@@ -112,44 +100,109 @@ def test_split_parameters_give_the_same_loss_and_gradients():
     specs = fsdp_specs(params, 4, smallest=1000)
     assert specs == {"w": PartitionSpec("fsdp"), "v": PartitionSpec()}
     placed = {name: jax.device_put(value, NamedSharding(mesh, specs[name])) for name, value in params.items()}
-    plain, split = (jax.jit(jax.value_and_grad(data_parallel(loss_fn, 8, mesh, **options), has_aux=True))
-                    for options in ({}, {"param_specs": specs}))
+    plain, split = (
+        jax.jit(jax.value_and_grad(data_parallel(loss_fn, 8, mesh, **options), has_aux=True))
+        for options in ({}, {"param_specs": specs})
+    )
     (a, _), grads = plain(params, data, key)
     (b, _), sharded = split(placed, data, key)
     np.testing.assert_allclose(a, b, rtol=1e-6)
     for name in params:
         np.testing.assert_allclose(grads[name], sharded[name], rtol=1e-5, atol=1e-7)
-    print(sharded["w"].sharding.spec)
+    assert "fsdp" in sharded["w"].sharding.spec
     own = jax.jit(data_parallel(loss_fn, 8, mesh, data_specs=PartitionSpec(("data", "fsdp"))))
-    print(float(own(params, data, key)[1]["size"]))
-    """
-    lines = finish(start(code, devices=8)).splitlines()
-    assert "fsdp" in lines[0] and lines[1] == "5.0"
+    assert float(own(params, data, key)[1]["size"]) == 5.0
 
 
-def test_two_processes_train_as_one(tmp_path):
+def test_split_parameters_give_the_same_loss_and_gradients(processes):
+    processes.run(split_parameters, devices=8)
+
+
+def train_together(folder, stop=None):
+    """`train` as one of two processes, the second of which gets the signal."""
+    sharding.start_processes()
+    train(folder, stop if jax.process_index() else None, num_shards=2)
+
+
+def test_two_processes_train_as_one(processes, tmp_path):
     """Two processes of one device each, one of them told to stop on the way, against one process."""
-    code = (
-        TRAINING
-        + """
-from megjax.sharding import start_processes
-start_processes(sys.argv[2], 2, int(sys.argv[3]))
-stop = 16 if sys.argv[4] == "stop" and sys.argv[3] == "1" else None
-train(sys.argv[1], stop, num_shards=2)
-"""
+    two, one = tmp_path / "two", tmp_path / "one"
+    for process in processes.start_job(train_together, two, (16, signal.SIGTERM)):
+        process.finish(-signal.SIGTERM)
+    assert checkpoints(two) == [20]
+    for process in processes.start_job(train_together, two):
+        assert "finished 60" in process.finish()
+    run(one, num_shards=2)
+    assert_equal_losses(two, one, 1e-3)
+
+
+def train_in_a_command(folder, killed_at=None):
+    """A command of two processes that count one as lost after five seconds; the second is killed at a step."""
+    if killed_at is not None and sharding.find_processes().process_id == 1:
+        signal_before(killed_at, signal.SIGKILL)
+    runtime.start_processes = functools.partial(sharding.start_processes, heartbeat_seconds=5)
+    runtime.command("train", lambda: run(folder, EVERY_LOG, num_shards=2), many=True)
+
+
+def test_a_lost_process_ends_the_other_and_the_run_goes_on(processes, tmp_path):
+    """One of two processes is killed after step 14; both start again and end as one process does."""
+    two, one = tmp_path / "two", tmp_path / "one"
+    survivor, killed = processes.start_job(train_in_a_command, two, 16)
+    killed.finish(-signal.SIGKILL)
+    assert survivor.wait() not in (0, -signal.SIGKILL)
+    assert re.search("another process of the job may be lost|another task died", survivor.err), survivor.err[-2000:]
+    assert set(checkpoints(two)) >= {7, 14}
+    for process in processes.start_job(train_in_a_command, two):
+        process.finish()
+    run(one, EVERY_LOG, num_shards=2)
+    assert_equal_losses(two, one, 1e-3)
+
+
+def fail_at_step_4(folder, error):
+    """A command of two processes that train, the second of which fails after its second checkpoint."""
+
+    def loss_fn(params, data, key):
+        return jnp.square(params - jax.random.normal(key)), {}
+
+    def saved(state):
+        if jax.process_index() == 1 and int(state.step) >= 4:
+            raise error("no more")
+
+    config = training.FitConfig(num_steps=40, warmup_steps=1, log_every=2, checkpoint_minutes=0)
+    runtime.command(
+        "train.it", lambda: training.fit(loss_fn, jnp.float32(1), (), config, folder, on_checkpoint=saved), many=True
     )
 
-    def launch(how):
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            address = f"localhost:{probe.getsockname()[1]}"
-        return [start(code, tmp_path / "two", address, index, how) for index in range(2)]
 
-    for process in launch("stop"):
-        finish(process, -signal.SIGTERM)
-    assert [path.name for path in (tmp_path / "two" / "checkpoints").iterdir()] == ["20"]
-    for process in launch("go"):
-        assert "finished 60" in finish(process)
-    finish(start(TRAINING + "\ntrain(sys.argv[1], num_shards=2)", tmp_path / "one"))
-    for a, b in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
-        assert a == pytest.approx(b, rel=1e-3)
+@pytest.mark.parametrize("error", [ValueError, ZeroDivisionError])
+def test_an_error_in_one_process_ends_both(processes, tmp_path, error):
+    first, second = processes.start_job(fail_at_step_4, tmp_path / "run", error)
+    assert first.wait() != 0 and second.wait() != 0
+    assert "no more" in second.err
+    assert re.search("no more|another process|another task died", first.err), first.err[-2000:]
+
+
+def join_and_stop():
+    sharding.start_processes()
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("went on")
+
+
+def test_sigterm_ends_a_process_of_a_job_that_does_not_train(processes):
+    """JAX's preemption service only notes it."""
+    for process in processes.start_job(join_and_stop):
+        assert "went on" not in process.finish(-signal.SIGTERM)
+
+
+def train_with_a_stuck_partner(folder):
+    """At step 16 the second process stops for good, while the first, which is told to end, waits for it."""
+    sharding.start_processes()
+    termination.SECONDS_TO_AGREE = 1.0
+    signal_before(16, signal.SIGSTOP if jax.process_index() else signal.SIGTERM)
+    run(folder, num_shards=2)
+
+
+def test_sigterm_ends_a_process_whose_partner_is_stuck(processes, tmp_path):
+    waiting, _ = processes.start_job(train_with_a_stuck_partner, tmp_path / "run")
+    waiting.finish(128 + signal.SIGTERM)
+    assert "told to end, and waited" in waiting.err

@@ -1,70 +1,144 @@
-"""Tests of `python -m eval.sweep` in processes of their own: killed with SIGKILL, and over several devices."""
+"""`python -m eval.sweep` killed again and again, over several devices, and by two processes of which one is lost."""
 
-import json
+import functools
 import os
+import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+from eval import sweep as script
+from megjax import runtime, sharding
+from megjax.sweep import engine
+
+pytestmark = pytest.mark.slow
+ENVIRONMENT = {
+    "device": "a processor",
+    "commit": "0123456789ab",
+    "python": "3",
+    "versions": {"jax": "1", "megjax": "1"},
+}
+POINTS, TABLE_MOMENTS = 6, 5
 
 
-def run(kills, folder, config):
-    arguments = ["--schemes", "seed", "latent", "--snr-db", "-5", "0", "10", "--modes", "equal_energy"]
-    arguments += ["--models", config.models[0], "--codec", config.codec, "--metrics", "latent", "--num-images", "8"]
-    arguments += ["--realisations", "2", "--num-blocks", "4", "--steps", "1", "--guidance", "1", "--batch", "8"]
-    arguments += ["--latents", str(folder / "latents")]
-    settings = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-    script = [sys.executable, "-m", "tests.sweep.killed", str(kills), str(folder), *arguments]
-    ended = subprocess.run(script, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    return json.loads(ended.stdout.splitlines()[-1])
+class Clock:
+    """Counts the moments of a run, and kills the process at one of them with SIGKILL."""
+
+    def __init__(self, last: int | None):
+        self.moments, self.last = 0, last
+
+    def tick(self, before=lambda: None) -> None:
+        if self.moments == self.last:
+            before()
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.moments += 1
 
 
-def check_kills(report, folder, kills):
-    attempts = report["attempts"]
-    assert len(attempts) == kills and sum(row["signal"] == signal.SIGKILL for row in attempts) == kills
-    # What is written once is never measured again: no finished point's file changes.
-    states = [*(row["points"] for row in attempts), report["final"]]
-    for before, after in zip(states, states[1:], strict=False):
-        assert before.items() <= after.items()
-    assert len(report["final"]) == 6
-    for path in (folder / "whole").rglob("*.*"):
-        assert (folder / "killed" / path.relative_to(folder / "whole")).read_bytes() == path.read_bytes()
-    assert list(folder.rglob("*.part")) == []
+def watch(clock: Clock) -> None:
+    """Ticks around every write and rename, in the middle of writes, after every batch and every point."""
+    write, replace, bar = pq.write_table, Path.replace, engine.tqdm.update
+
+    def written(table, path):
+        clock.tick()
+        clock.tick(lambda: Path(path).write_bytes(b"PAR1 and then nothing"))
+        write(table, path)
+        clock.tick()
+
+    def replaced(path, target):
+        clock.tick()
+        found = replace(path, target)
+        clock.tick()
+        return found
+
+    def updated(self, count=1):
+        clock.tick()
+        return bar(self, count)
+
+    pq.write_table, Path.replace, engine.tqdm.update = written, replaced, updated
 
 
-def check_devices(folder):
+def sweep(arguments, last=None, devices=1):
+    """Run the command with these arguments, killed at a moment, and write how many moments it had."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    runtime.start_processes = functools.partial(sharding.start_processes, heartbeat_seconds=5)
+    script.environment = lambda: ENVIRONMENT
+    script.use_cpu_devices = lambda num: None  # the test's number is set already
+    sys.argv = ["eval.sweep", *map(str, arguments)]
+    found = sharding.find_processes()
+    clock = Clock(last if found is None or found.process_id == 1 else None)
+    watch(clock)
+    script.main()
+    assert jax.local_device_count() == devices
+    print("moments", clock.moments)
+
+
+@pytest.fixture
+def arguments(tiny_model, tiny_codec, tmp_path):
+    """Words of a sweep of six points, but for its folder."""
+    words = ["--schemes", "seed", "latent", "--snr-db", "-5", "0", "10", "--modes", "equal_energy"]
+    words += ["--models", tiny_model, "--codec", tiny_codec, "--metrics", "latent", "--num-images", "8"]
+    words += ["--realisations", "2", "--num-blocks", "4", "--steps", "1", "--guidance", "1", "--batch", "8"]
+    return [*words, "--latents", tmp_path / "latents"]
+
+
+@pytest.fixture
+def start(processes, arguments, tmp_path):
+    """`start(folder, last)`: the sweep into a folder; `count=2` for a job."""
+
+    def started(folder, last=None, *, devices=1, job=False):
+        launch = processes.start_job if job else processes.start
+        return launch(sweep, [*arguments, "--output", folder], last, devices, devices=devices)
+
+    return started
+
+
+def points(folder):
+    """Time and size of every finished point."""
+    found = (folder / "points").glob("*.parquet")
+    return {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in found}
+
+
+def assert_equal_tables(folder, whole):
     """Numbers depend on the devices through rounding only."""
-    whole = pd.read_parquet(folder / "whole" / "results.parquet")
-    for name in ("devices-2", "devices-4", "devices-8", "together"):
-        frame = pd.read_parquet(folder / name / "results.parquet")
-        pd.testing.assert_frame_equal(frame, whole, rtol=1e-4)
-        for column in ("n", "images", "num_symbols"):
-            assert (frame[column] == whole[column]).all()
-    assert len(whole) == 6 and (whole.commit == "0123456789ab").all() and np.isfinite(whole.nmse).all()
+    frame, expected = (pd.read_parquet(path / "results.parquet") for path in (folder, whole))
+    pd.testing.assert_frame_equal(frame, expected, rtol=1e-4)
+    for column in ("n", "images", "num_symbols"):
+        assert (frame[column] == expected[column]).all()
+    assert len(frame) == POINTS and (frame.commit == "0123456789ab").all() and np.isfinite(frame.nmse).all()
 
 
-def check_job(report):
-    """Of two processes one is killed; the other ends by itself, and two go on from what both have kept."""
-    (survivor, killed), seconds = report["lost"]
-    assert killed == -signal.SIGKILL and survivor not in (0, -signal.SIGKILL) and seconds < 60
-    assert 0 < len(report["kept"]) < 6 and report["kept"].items() <= report["together"].items()
-    assert report["resumed"][0] == [0, 0] and len(report["together"]) == 6
-
-
-def test_killed_and_spread_runs_end_with_the_same_table(config, tmp_path):
-    report = run(3, tmp_path, config)
-    check_kills(report, tmp_path, 3)
-    check_devices(tmp_path)
-    check_job(report)
-
-
-@pytest.mark.slow
-def test_ten_kills(config, tmp_path):
-    check_kills(run(10, tmp_path, config), tmp_path, 10)
+def test_killed_and_spread_runs_end_with_the_same_table(start, tmp_path):
+    whole, killed, spread, together = (tmp_path / name for name in ("whole", "killed", "spread", "together"))
+    moments = int(start(whole).finish().split()[-1])
+    kept, draw = {}, random.Random(3)
+    for _ in range(3):
+        missing = POINTS - len(kept)
+        # Up to the middle of what is left, and what writes the table; so later kills find something to do.
+        last = draw.randrange(missing * (moments // POINTS) // 2 + TABLE_MOMENTS)
+        start(killed, last).finish(-signal.SIGKILL)
+        # What is written once is never measured again: no finished point's file changes.
+        assert kept.items() <= points(killed).items()
+        kept = points(killed)
+    start(killed).finish()
+    assert kept.items() <= points(killed).items() and len(points(killed)) == POINTS
+    for path in whole.rglob("*.*"):
+        assert (killed / path.relative_to(whole)).read_bytes() == path.read_bytes()
+    start(spread, devices=8).finish()
+    assert_equal_tables(spread, whole)
+    # Of two processes one is killed; the other ends by itself, and two go on from what both have kept.
+    survivor, lost = start(together, 2 * moments // POINTS, devices=4, job=True)
+    lost.finish(-signal.SIGKILL)
+    assert survivor.wait() not in (0, -signal.SIGKILL)
+    kept = points(together)
+    assert 0 < len(kept) < POINTS
+    for process in start(together, devices=4, job=True):
+        process.finish()
+    assert kept.items() <= points(together).items() and len(points(together)) == POINTS
+    assert_equal_tables(together, whole)
+    assert list(tmp_path.rglob("*.part")) == []

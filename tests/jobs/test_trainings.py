@@ -1,134 +1,103 @@
-"""The trainings of codec, model and policy: the same on one device and on eight, and after the loss of a process."""
+"""The trainings of codec, model and policy: the same on several devices and by two processes."""
 
-import re
-import signal
-import socket
-import time
+import dataclasses
 
+import jax
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.test_parallel import finish, rows, start
+from megjax import runtime
+from megjax.codec.fitting import Conditions
+from megjax.codec.recipe import PRESETS as CODECS
+from megjax.codec.recipe import train_codec
+from megjax.data import scenes
+from megjax.ldm.recipe import PRESETS as MODELS
+from megjax.power.recipe import PRESETS as POLICIES
+from megjax.power.recipe import train_power
+from megjax.training import FitConfig
+from tests import models
+from tests.checks import assert_equal_losses
+from tests.processes import run_module
 
-CODEC = """
-    import dataclasses
-    from megjax.codec.fitting import Conditions
-    from megjax.codec.recipe import PRESETS, train_codec
-    from megjax.training import FitConfig
-    latents = np.random.default_rng(0).normal(size=(64, 4, 4, 4)).astype(np.float32)
-    small = dataclasses.replace(PRESETS["tiny"].codec, latent_shape=(4, 4, 4), tile=(4, 4), width=8, hidden=8)
-    conditions = Conditions(groups=1, group_size=16)
-    def codec(folder, fit, num_shards):
-        changes = {"codec": small, "conditions": conditions, "fit": fit, "num_shards": num_shards}
-        trained = train_codec(dataclasses.replace(PRESETS["tiny"], **changes), latents, None, folder / "codec")
-        if jax.process_index() == 0:
-            trained.save_pretrained(folder / "model", dtype=np.float32)
-"""
+pytestmark = pytest.mark.slow
 
 
 def weights(folder):
     return load_file(next((folder / "model").glob("*.safetensors")))
 
 
-def check_codecs(one, other):
-    # Parameters are kept as float16 after training, which the rounding of sums may tip over by one step.
-    first, second = weights(one), weights(other)
-    for name, value in first.items():
-        assert second[name] == pytest.approx(value, rel=2e-3, abs=2e-3), name
-    check_losses(one / "codec", other / "codec", 1e-4)
-
-
-def run_on_one_and_eight(code, tmp_path):
-    """Folders of a run on one device and of one on eight."""
-    folders = [tmp_path / str(devices) for devices in (1, 8)]
-    for devices, folder in zip((1, 8), folders, strict=True):
-        folder.mkdir()
-        assert finish(start(code, folder, devices=devices)).split()[-1] == str(devices)
-    return folders
-
-
-def check_losses(one, other, rel):
-    for a, b in zip(rows(one), rows(other), strict=True):
-        assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], rel=rel)
-
-
-@pytest.mark.slow
-def test_codec_agrees_on_one_and_eight_devices(tmp_path):
-    code = """
-    codec(Path(sys.argv[1]), FitConfig(num_steps=4, warmup_steps=1, log_every=2, learning_rate=1e-3), 8)
-    print(jax.device_count())
-    """
-    check_codecs(*run_on_one_and_eight(CODEC + code, tmp_path))
-
-
-@pytest.mark.slow
-def test_model_agrees_on_one_and_eight_devices(tmp_path):
-    """With two shards, so on two of the eight: one device compiles the network once a shard."""
-    code = """
-    from flax import nnx
-    from megjax.diffusion.vae import AutoencoderKL
-    from megjax.ldm import fitting
-    from megjax.ldm.recipe import PRESETS
-    recipe = PRESETS["tiny"]
-    vae = nnx.split(AutoencoderKL(recipe.vae_config, rngs=nnx.Rngs(0)))
-    fitting.train_unet(recipe, Path(sys.argv[1]), vae)
-    print(jax.device_count())
-    """
-    one, eight = run_on_one_and_eight(code, tmp_path)
-    check_losses(one / "unet", eight / "unet", 1e-4)
-
-
-def test_policy_agrees_on_one_and_eight_devices(tmp_path):
-    code = """
-    from megjax.power.recipe import PRESETS, train_power
-    recipe = PRESETS["tiny"]
-    train_power(recipe, *recipe.environment(), Path(sys.argv[1]) / "power")
-    print(jax.device_count())
-    """
-    one, eight = run_on_one_and_eight(code, tmp_path)
-    check_losses(one / "power", eight / "power", 1e-5)
-
-
-def test_a_lost_process_ends_the_other_and_the_run_goes_on(tmp_path):
-    """One of two processes of four devices each is killed at step 4 of a codec's training; then both start again."""
-    code = (
-        CODEC
-        + """
-    import functools, os, signal
-    from megjax import runtime, sharding, training
-    folder, address, index, last = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
-    if address:
-        os.environ |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": index}
-        runtime.start_processes = functools.partial(sharding.start_processes, heartbeat_seconds=5)
-    make_chunk = training.make_chunk
-    def killing(config, loss_fn):
-        chunk = make_chunk(config, loss_fn)
-        def run(state, *rest):
-            if int(state.step) == last:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return chunk(state, *rest)
-        return run
-    training.make_chunk = killing
-    fit = FitConfig(num_steps=6, warmup_steps=1, log_every=2, learning_rate=1e-3, checkpoint_minutes=0)
-    runtime.command("train", lambda: codec(folder, fit, 8), many=True)
-    """
+def codec(folder):
+    """Two draws a step; the first process keeps the weights."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    latents = np.random.default_rng(0).normal(size=(64, 4, 4, 4)).astype(np.float32)
+    recipe = dataclasses.replace(
+        CODECS["tiny"],
+        codec=dataclasses.replace(CODECS["tiny"].codec, latent_shape=(4, 4, 4), tile=(4, 4), width=8, hidden=8),
+        conditions=Conditions(groups=1, group_size=16),
+        fit=FitConfig(num_steps=4, warmup_steps=1, log_every=2, learning_rate=1e-3),
+        num_shards=2,
     )
+    trained = train_codec(recipe, latents, None, folder / "codec")
+    if jax.process_index() == 0:
+        trained.save_pretrained(folder / "model", dtype=np.float32)
 
-    def launch(kill):
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            address = f"localhost:{probe.getsockname()[1]}"
-        arguments = (tmp_path / "two", address)
-        return [start(code, *arguments, i, 4 if kill and i else -1, devices=4) for i in range(2)]
 
-    survivor, killed = launch(True)
-    finish(killed, -signal.SIGKILL)
-    lost = time.monotonic()
-    out, err = survivor.communicate(timeout=60)
-    assert survivor.returncode not in (0, -signal.SIGKILL) and time.monotonic() - lost < 30
-    assert re.search("another process of the job may be lost|another task died", err), err[-2000:]
-    assert {path.name for path in (tmp_path / "two" / "codec" / "checkpoints").iterdir()} >= {"2", "4"}
-    for process in launch(False):
-        finish(process)
-    finish(start(code, tmp_path / "one", "", 0, -1, devices=8))
-    check_codecs(tmp_path / "one", tmp_path / "two")
+def codec_together(folder):
+    runtime.command("train", lambda: codec(folder), many=True)
+
+
+def test_codec_on_two_processes(processes, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    processes.run(codec, one, devices=2)
+    for process in processes.start_job(codec_together, two):
+        process.finish()
+    # Parameters are kept as float16 after training, which the rounding of sums may tip over by one step.
+    first, second = weights(one), weights(two)
+    for name, value in first.items():
+        np.testing.assert_allclose(second[name], value, rtol=2e-3, atol=2e-3, err_msg=name)
+    assert_equal_losses(one / "codec", two / "codec", 1e-4)
+
+
+def policy(folder):
+    recipe = POLICIES["tiny"]
+    train_power(recipe, *recipe.environment(), folder / "power")
+
+
+def test_one_and_eight_devices_agree(processes, tmp_path):
+    for devices in (1, 8):
+        processes.run(policy, tmp_path / str(devices), devices=devices)
+    assert_equal_losses(tmp_path / "1" / "power", tmp_path / "8" / "power", 1e-5)
+
+
+def alone_and_together(processes, folder, target, *words):
+    """What two processes print of a script that together they run in folder/two, after one has run it in folder/one."""
+    processes.run(target, *words, "--folder", folder / "one")
+    together = processes.start_job(target, *words, "--folder", folder / "two")
+    return [process.finish() for process in together]
+
+
+def test_power_on_two_processes(processes, tmp_path):
+    """Both compute the same; the first prints, and writes what is no checkpoint."""
+    words = ("train.power", "--preset", "tiny", "--weights", "equal")
+    first, second = alone_and_together(processes, tmp_path, run_module, *words)
+    assert "policy written to" in first and "policy written to" not in second
+    assert_equal_losses(tmp_path / "one", tmp_path / "two", 1e-5)
+    one, two = (weights(tmp_path / name) for name in ("one", "two"))
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def train_small_model(*words):
+    """`train.ldm` with the smallest networks; it compiles longer than it runs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    MODELS["tiny"], scenes.render = models.small_recipe(), models.noise_picture
+    run_module("train.ldm", *words)
+
+
+def test_a_model_on_two_processes(processes, tmp_path):
+    """The autoencoder, its latents and the U-Net, whose draws are divided over devices or processes."""
+    words = ("--preset", "tiny", "--stage", "unet", "--shards", "2")
+    alone_and_together(processes, tmp_path, train_small_model, *words)
+    for stage in ("vae", "unet"):
+        assert_equal_losses(tmp_path / "one" / stage, tmp_path / "two" / stage, 1e-3)
