@@ -5,9 +5,7 @@ import signal
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # as there is a process a core, PyTorch's threads would wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's: there is a test process a core
 
 import jax
 import pytest

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from megjax import runtime, sharding, termination, training
+from megjax.processes import gather
 from megjax.sharding import MeshConfig, fsdp_specs, make_mesh
 from megjax.training import data_parallel
 from tests.checks import assert_equal_losses, assert_equal_trees, metric_rows
@@ -183,15 +184,19 @@ def test_an_error_in_one_process_ends_both(processes, tmp_path, error):
 
 
 def join_and_stop():
+    """Two processes meet; the second tells itself to end, the first, which others of a job depend on, stays."""
     sharding.start_processes()
+    gather()
+    if jax.process_index() == 0:
+        signal.pause()
     os.kill(os.getpid(), signal.SIGTERM)
     print("went on")
 
 
 def test_sigterm_ends_a_process_of_a_job_that_does_not_train(processes):
     """JAX's preemption service only notes it."""
-    for process in processes.start_job(join_and_stop):
-        assert "went on" not in process.finish(-signal.SIGTERM)
+    _, told = processes.start_job(join_and_stop)
+    assert "went on" not in told.finish(-signal.SIGTERM)
 
 
 def train_with_a_stuck_partner(folder):
