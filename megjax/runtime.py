@@ -89,6 +89,8 @@ def command(name: str, run: Callable[[], object], *, many: bool = False) -> None
             run()
         gather()
     except ValueError as error:
+        if num_processes() > 1 and "Gloo" in str(error):  # jaxlib raises what collectives of CPUs meet as either error
+            _end(_lost(name, error))
         _end(f"{name}: {error}")
     except OSError as error:
         _end(f"{name}: {error.filename or 'file'}: {error.strerror or error}")
@@ -97,9 +99,14 @@ def command(name: str, run: Callable[[], object], *, many: bool = False) -> None
     except jax.errors.JaxRuntimeError as error:
         if num_processes() == 1:
             raise
-        _end(f"{name}: another process of the job may be lost: {str(error).splitlines()[0]}")
+        _end(_lost(name, error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _lost(name: str, error: Exception) -> str:
+    """Message of a script whose collective failed."""
+    return f"{name}: another process of the job may be lost: {str(error).splitlines()[0]}"
 
 
 def _end(message: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 SECONDS_TO_AGREE = 60.0
-"""How long a process of a job that was told to end waits for the others, unless they usually take a third of longer."""
+"""How long a process of a job that was told to end waits, at the least, for the others to agree."""
 SECONDS_TO_SAVE = 600.0
 """How long it may then take to save together."""
 

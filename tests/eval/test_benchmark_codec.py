@@ -38,15 +38,6 @@ def close(found, expected, relative=1e-4):
     assert np.abs(found - expected).max() <= relative * np.abs(expected).max()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Spinning threads of small operations are in each other's way on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def named(state):
     """Arrays by PyTorch's names and in its layout."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))

@@ -19,15 +19,6 @@ CASES = [(32, 0.0, "ordered"), (45, 6.3, "interleaved"), (101, -4.1, "ordered")]
 """Symbols, SNR in dB, mapping; blocks divide the first of them only."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Spinning threads of small operations are in each other's way on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def models(module_unchecked, fast_compile):
     return megjax.StableDiffusion.from_pretrained("scenes"), megjax.SeedCodec.from_pretrained("scenes")

@@ -138,10 +138,11 @@ def test_two_processes_train_as_one(processes, tmp_path):
 
 
 def train_in_a_command(folder, killed_at=None):
-    """A command of two processes that count one as lost after five seconds; the second is killed at a step."""
-    if killed_at is not None and sharding.find_processes().process_id == 1:
-        signal_before(killed_at, signal.SIGKILL)
-    runtime.start_processes = functools.partial(sharding.start_processes, heartbeat_seconds=5)
+    """A command of two processes; the second may be killed at a step, and is then missed after five seconds."""
+    if killed_at is not None:
+        runtime.start_processes = functools.partial(sharding.start_processes, heartbeat_seconds=5)
+        if sharding.find_processes().process_id == 1:
+            signal_before(killed_at, signal.SIGKILL)
     runtime.command("train", lambda: run(folder, EVERY_LOG, num_shards=2), many=True)
 
 

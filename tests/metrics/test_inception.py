@@ -193,17 +193,8 @@ def random_images(seed, shape):
     return np.random.default_rng(seed).uniform(size=shape).astype(np.float32)
 
 
-@pytest.fixture
-def one_thread():
-    """PyTorch on one thread: others, waiting for the same cores, would spin."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("fast_compile", "one_thread", "unchecked")
+@pytest.mark.usefixtures("fast_compile", "unchecked")
 def test_features_equal_pytorch(tmp_path):
     """From a file that also holds those tensors of a full classifier that are not needed."""
     reference = randomise(Reference())
