@@ -118,6 +118,7 @@ test-all: .venv/test.stamp .venv/tpu.stamp
 	$(BIN)/python $(PYTEST)
 
 # Lines and branches of megjax/ that the tests run, those in other processes included; QUICK=1: by `make test`.
+coverage: export COVERAGE_FILE := $(CURDIR)/.coverage
 coverage: .venv/test.stamp .venv/tpu.stamp
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run $(PYTEST) $(if $(QUICK),-m "not slow")

@@ -78,13 +78,23 @@ class Processes:
         for child in self._children:
             child.kill()
 
-    def start(self, target: Callable, *arguments, devices: int = 1, environ: dict[str, str] | None = None) -> Child:
-        """Call a function of a module, with arguments that can be pickled, in a process with so many CPU devices."""
+    def start(
+        self,
+        target: Callable,
+        *arguments,
+        devices: int = 1,
+        fast_compile: bool = False,
+        environ: dict[str, str] | None = None,
+    ) -> Child:
+        """Call a function of a module, with arguments that can be pickled, in a process with so many CPU devices.
+
+        With `fast_compile` it compiles as `checks.fast_compile` says.
+        """
         folder = self._folder / f"process-{len(self._children)}"
         folder.mkdir(parents=True)
         for name in ("out", "err"):
             (folder / name).touch()
-        process = _CONTEXT.Process(target=_call, args=(target, arguments, devices, environ or {}, folder))
+        process = _CONTEXT.Process(target=_call, args=(target, arguments, devices, fast_compile, environ or {}, folder))
         process.start()
         self._children.append(Child(process, folder))
         return self._children[-1]
@@ -137,7 +147,9 @@ def end_children_but(known: set[int]) -> set[int]:
     return left
 
 
-def _call(target: Callable, arguments: tuple, devices: int, environ: dict[str, str], folder: Path) -> None:
+def _call(
+    target: Callable, arguments: tuple, devices: int, fast_compile: bool, environ: dict[str, str], folder: Path
+) -> None:
     """A process's own group and output, then the function, then what an interpreter does at its end."""
     os.setsid()
     threading.Thread(target=_end_with_the_starter, daemon=True).start()
@@ -147,10 +159,13 @@ def _call(target: Callable, arguments: tuple, devices: int, environ: dict[str, s
     os.environ |= environ
     import jax
 
+    from tests import checks
+
     jax.config.update("jax_num_cpu_devices", devices)
     status: int | str | None = 1
     try:
-        target(*arguments)
+        with checks.fast_compile() if fast_compile else contextlib.nullcontext():
+            target(*arguments)
         status = 0
     except SystemExit as end:
         status = end.code

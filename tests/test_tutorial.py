@@ -17,12 +17,6 @@ ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(python|sh)\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL)
 
 
-def run_command(words):
-    """`python -m` with these words; it compiles longer than it runs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    run_module(*words)
-
-
 @pytest.fixture(scope="module")
 def names(module_unchecked, fast_compile, tmp_path_factory):
     """What the page's script leaves behind."""
@@ -38,7 +32,7 @@ def names(module_unchecked, fast_compile, tmp_path_factory):
             else:
                 python, option, *words = shlex.split(text.replace("\\\n", " "))
                 assert (python, option, words[0]) == ("python", "-m", "eval.sweep")
-                processes.run(run_command, words)
+                processes.run(run_module, *words, fast_compile=True)
         yield found
     sys.modules.pop("mine", None)
 

@@ -65,7 +65,6 @@ def watch(clock: Clock) -> None:
 
 def sweep(arguments, last=None, devices=1):
     """Run the command with these arguments, killed at a moment, and write how many moments it had."""
-    jax.config.update("jax_disable_most_optimizations", True)
     if last is not None:  # the other process is to miss this one soon
         runtime.start_processes = functools.partial(sharding.start_processes, heartbeat_seconds=5)
     script.environment = lambda: ENVIRONMENT
@@ -94,7 +93,7 @@ def start(processes, arguments, tmp_path):
 
     def started(folder, last=None, *, devices=1, job=False):
         launch = processes.start_job if job else processes.start
-        return launch(sweep, [*arguments, "--output", folder], last, devices, devices=devices)
+        return launch(sweep, [*arguments, "--output", folder], last, devices, devices=devices, fast_compile=True)
 
     return started
 

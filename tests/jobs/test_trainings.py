@@ -29,7 +29,6 @@ def weights(folder):
 
 def codec(folder):
     """Two draws a step; the first process keeps the weights."""
-    jax.config.update("jax_disable_most_optimizations", True)
     latents = np.random.default_rng(0).normal(size=(64, 4, 4, 4)).astype(np.float32)
     recipe = dataclasses.replace(
         CODECS["tiny"],
@@ -49,8 +48,8 @@ def codec_together(folder):
 
 def test_codec_on_two_processes(processes, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    processes.run(codec, one, devices=2)
-    for process in processes.start_job(codec_together, two):
+    processes.run(codec, one, devices=2, fast_compile=True)
+    for process in processes.start_job(codec_together, two, fast_compile=True):
         process.finish()
     # Parameters are kept as float16 after training, which the rounding of sums may tip over by one step.
     first, second = weights(one), weights(two)
@@ -72,8 +71,8 @@ def test_one_and_eight_devices_agree(processes, tmp_path):
 
 def alone_and_together(processes, folder, target, *words):
     """What two processes print of a script that together they run in folder/two, after one has run it in folder/one."""
-    processes.run(target, *words, "--folder", folder / "one")
-    together = processes.start_job(target, *words, "--folder", folder / "two")
+    processes.run(target, *words, "--folder", folder / "one", fast_compile=True)
+    together = processes.start_job(target, *words, "--folder", folder / "two", fast_compile=True)
     return [process.finish() for process in together]
 
 
@@ -89,8 +88,7 @@ def test_power_on_two_processes(processes, tmp_path):
 
 
 def train_small_model(*words):
-    """`train.ldm` with the smallest networks; it compiles longer than it runs."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    """`train.ldm` with the smallest networks."""
     MODELS["tiny"], scenes.render = models.small_recipe(), models.noise_picture
     run_module("train.ldm", *words)
 
