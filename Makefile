@@ -101,7 +101,7 @@ benchmark: .venv/run.stamp
 # Every job compiled for every TPU topology of tpu_configs/ on this machine, no TPU needed: an hour and a half on two cores.
 # What benchmarks/aot/ holds already is only traced, so this can be stopped and started again.
 aot: .venv/tpu.stamp
-	TPU_SKIP_MDS_QUERY=1 PYTHONPATH=.venv/libtpu $(BIN)/python -m eval.aot --all --table docs/tpu.md
+	$(BIN)/python -m eval.aot --all --table docs/tpu.md
 
 quality: .venv/run.stamp
 	$(BIN)/python -m eval.quality

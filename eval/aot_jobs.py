@@ -149,7 +149,8 @@ class Jobs:
             return generation.decode(graphs, params, latents)
 
         whole, split = PartitionSpec(), PartitionSpec(_SPLIT)
-        spread = jax.shard_map(local, mesh=self.mesh, in_specs=(whole, whole, split, split, split), out_specs=split)
+        specs = (whole, whole, split, split, split)
+        spread = jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=split, check_vma=False)
 
         def generate(params, key, ids, negative_ids):
             keys, _ = generation.image_keys(key, len(ids))

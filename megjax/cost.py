@@ -230,7 +230,7 @@ def cost_of_compiled(compiled: jax.stages.Compiled, *, repeat_loops: bool = Fals
     module = hlo.Module(compiled.as_text())
     once, work = module.work(repeat=False), module.work(repeat=repeat_loops)
     return Cost(
-        float(counts.get("flops", 0.0)) + work.flops - once.flops,
+        float(counts.get("flops", 0.0)) + work.flops - once.flops + work.unseen,
         float(counts.get("bytes accessed", 0.0)) + work.bytes - once.bytes,
         _merge(_collective(*collective) for collective in work.collectives),
         memory,

@@ -1,9 +1,11 @@
 """TPU configurations: one file per topology, with its mesh, batches and launch facts, and its devices without a TPU."""
 
 import dataclasses
+import importlib.util
 import math
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,17 +149,30 @@ class TpuConfig:
 
         Raises ValueError if libtpu is missing or does not know the topology.
         """
+        find_libtpu()
         # Compiling needs neither Google Cloud's metadata server, which is slow to fail elsewhere, nor libtpu alone.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         try:
             described = topologies.get_topology_desc(self.topology, "tpu", **self.generation.options)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            hint = "; pip install 'megjax[tpu]'" if "not installed" in reason else ""
-            raise ValueError(f"topology {self.topology}: {reason}{hint}") from None
+            raise ValueError(f"topology {self.topology}: {str(error).splitlines()[0]}") from None
         return list(described.devices)
 
     def make_mesh(self, devices: list[jax.Device] | None = None) -> Mesh:
         """The configuration's mesh over these devices (default: the topology's, without a TPU)."""
         return make_mesh(self.mesh, self.devices() if devices is None else devices)
+
+
+def find_libtpu() -> None:
+    """Let Python import libtpu from where `make tpu` puts it, apart from the environment's other packages.
+
+    Raises ValueError if libtpu is neither there nor installed.
+    """
+    apart = Path(sys.prefix) / "libtpu"
+    if importlib.util.find_spec("libtpu") is None:
+        if not apart.is_dir():
+            raise ValueError(
+                "libtpu, which compiles for TPUs, is not installed; `make tpu` or pip install 'megjax[tpu]'"
+            )
+        sys.path.append(str(apart))

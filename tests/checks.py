@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import scipy.stats
@@ -86,3 +87,28 @@ def fast_compile() -> Iterator[None]:
     finally:
         compiler.get_compile_options = get_compile_options
         jax.config.update("jax_disable_most_optimizations", before)
+
+
+def arrays(seed, *shapes):
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes)
+
+
+def both(plain, fused, *args):
+    """Values and gradients of a nonlinear function of both, largest difference against the largest value."""
+
+    @jax.jit
+    def run(*args):
+        return [value_and_gradients(function, *args) for function in (plain, fused)]
+
+    for a, b in zip(*jax.device_get(run(*args)), strict=True):
+        yield float(np.abs(a - b).max() / np.abs(a).max())
+
+
+def value_and_gradients(function, *args):
+    def loss(*args):
+        value = function(*args)
+        return jnp.sum(jnp.sin(value)), value
+
+    (_, value), slopes = jax.value_and_grad(loss, range(len(args)), has_aux=True)(*args)
+    return value, *slopes

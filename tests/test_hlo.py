@@ -93,10 +93,28 @@ def test_collectives_in_a_text():
     )
 
 
+KERNELS = """ENTRY %main (q: bf16[2,3,64,40]) -> bf16[2,3,64,40] {
+  %q = bf16[2,3,64,40]{3,2,1,0} parameter(0)
+  %k = bf16[2,3,32,40]{3,2,1,0} parameter(1)
+  %out = bf16[2,3,64,40]{3,2,1,0} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":"7000","transcendentals":"5"}}}
+  %flash_mha_bwd_dkv_block_q.1 = bf16[2,3,64,40]{3,2,1,0} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", backend_config={}
+  ROOT %flash_mha_bwd_dq_block_q.1 = bf16[2,3,64,40]{3,2,1,0} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", backend_config={}
+}
+"""  # noqa: E501
+
+
+def test_operations_of_kernels():
+    """Those that a kernel states, and the products of those that state none."""
+    work = hlo.Module(KERNELS).work(repeat=True)
+    assert work.flops == 7000 and work.unseen == (4 + 3) * 2 * (2 * 3) * 64 * 32 * 40
+
+
 @pytest.mark.parametrize(
     ("shape", "size"),
     [
         ("bf16[8,128]{1,0:T(8,128)(2,1)}", 2048),
+        ("bf16[3,40]{1,0:T(8,128)(2,1)}", 2048),
+        ("f32[40,3,9]{0,2,1:T(8,128)S(1)}", 3 * 16 * 128 * 4),
         ("(f32[2], /*index=1*/s4[6]{0}, pred[])", 12),
         ("c64[3]", 24),
         ("f8e4m3fn[5]", 5),

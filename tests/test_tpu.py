@@ -3,11 +3,12 @@
 import dataclasses
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from megjax.tpu import TpuConfig
+from megjax.tpu import TpuConfig, find_libtpu
 
 FOLDER = Path(__file__).parent.parent / "tpu_configs"
 FILES = sorted(FOLDER.glob("*.json"))
@@ -75,6 +76,17 @@ def test_missing_settings_and_flags(tmp_path):
         TpuConfig.from_file(path)
     config = dataclasses.replace(TpuConfig.from_file(FOLDER / "v5e-8.json"), xla_flags=("--xla_tpu_a=true",))
     assert config.compiler_options == {"xla_tpu_a": "true"}
+
+
+def test_libtpu_is_found_where_make_puts_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "libtpu").is_dir()])
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "libtpu", raising=False)
+    with pytest.raises(ValueError, match="libtpu, .* is not installed; `make tpu`"):
+        find_libtpu()
+    (tmp_path / "libtpu" / "libtpu").mkdir(parents=True)
+    find_libtpu()
+    assert importlib.util.find_spec("libtpu").submodule_search_locations[0].startswith(str(tmp_path))
 
 
 @needs_libtpu

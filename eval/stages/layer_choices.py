@@ -12,6 +12,7 @@ from flax import nnx
 from eval.measure import Contender, measure
 from megjax.cost import nominal_flops
 from megjax.diffusion import layers
+from megjax.diffusion.attention import attend
 from megjax.diffusion.winograd import winograd
 
 CONVOLUTIONS = ((320, 64), (640, 32), (1280, 16), (1280, 8))
@@ -137,7 +138,7 @@ def cases(
         ways = {FIRST: whole, **({"in parts, without the maximum": no_maximum} if on_cpu else {})}
         if jax.default_backend() == "gpu":
             ways["cuDNN"] = partial(whole, implementation="cudnn")
-        taken = partial(layers.attend, num_heads=heads)
+        taken = partial(attend, num_heads=heads)
         yield Case(f"attention over {tokens:,} tokens, {heads} heads of {size}", args, ways, taken)
 
 

@@ -11,7 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from megjax.configs import from_mapping, require, require_positive_integers
-from megjax.diffusion.layers import attend, layer_norm, linear
+from megjax.diffusion.attention import attend
+from megjax.diffusion.layers import layer_norm, linear
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),

@@ -1,13 +1,11 @@
 """Layers shared by the U-Net, the VAE and the text encoder, channels-last, named as in the diffusers state dict."""
 
-import contextlib
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from megjax.diffusion import strips
 from megjax.diffusion.winograd import pad, winograd
@@ -158,80 +156,6 @@ def linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs, *, use_bias: bool =
 def layer_norm(features: int, eps: float, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Layer normalisation; its moments are float32 whatever `dtype` is."""
     return nnx.LayerNorm(features, epsilon=eps, dtype=dtype, rngs=rngs)
-
-
-def attend(
-    query: Float[Array, "b q d"],
-    key: Float[Array, "b s d"],
-    value: Float[Array, "b s d"],
-    num_heads: int,
-    *,
-    mask: Bool[Array, "q s"] | None = None,
-    upcast: bool = False,
-) -> Float[Array, "b q d"]:
-    """Multi-head scaled dot-product attention (Vaswani et al. 2017, eq. 1), softmax in float32.
-
-    `upcast` also computes the logits from float32 queries and keys, as checkpoints with `upcast_attention` ask. Where
-    the logits of one head are many, a CPU takes the heads one by one and the queries in parts; where float32 logits of
-    all heads are many, everything else takes the queries in parts. A GPU has cuDNN's fused attention in half precision.
-    """
-    dtype = value.dtype
-    if upcast:
-        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-    query, key, value = (x.reshape(*x.shape[:2], num_heads, -1) for x in (query, key, value))
-    if mask is None and query.shape[1] * key.shape[1] >= MANY_LOGITS:
-        out = jax.lax.platform_dependent(query, key, value, cpu=_attend_in_parts, default=_attend_whole)
-    elif mask is None:
-        out = _attend_whole(query, key, value)
-    else:
-        out = jax.nn.dot_product_attention(query, key, value, mask=mask[None, None])
-    return out.reshape(*out.shape[:2], -1).astype(dtype)
-
-
-MANY_LOGITS = 2**18
-"""Logits of one head, 1 MiB of float32, from which on a CPU computes attention in parts that stay in its caches."""
-_LOGITS_OF_A_PART = 2**21
-LOGITS_AT_ONCE = 2**28
-"""Float32 logits of all heads, 1 GiB, that are made at once where heads are not taken one by one."""
-
-
-def _attend_whole(query, key, value):
-    if jax.default_backend() == "gpu" and query.dtype.itemsize == 2:
-        # Which shapes and GPUs cuDNN knows only it can tell.
-        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-    batch, queries, heads, size = query.shape
-    part = max(1, LOGITS_AT_ONCE // max(1, batch * heads * key.shape[1]))
-    if query.dtype != jnp.float32 or part >= queries:
-        return jax.nn.dot_product_attention(query, key, value)
-    count = -(-queries // part)
-    parts = jnp.pad(query, ((0, 0), (0, count * part - queries), (0, 0), (0, 0)))
-    parts = parts.reshape(batch, count, part, heads, size).swapaxes(0, 1)
-    # Gradients make the logits again: kept, they would be as many as those of all queries.
-    attended = jax.lax.map(jax.checkpoint(lambda of: jax.nn.dot_product_attention(of, key, value)), parts)
-    return attended.swapaxes(0, 1).reshape(batch, -1, heads, size)[:, :queries]
-
-
-def _attend_in_parts(query, key, value):
-    batch, queries, heads, size = query.shape
-    of_heads = [x.transpose(0, 2, 1, 3).reshape(batch * heads, -1, size) for x in (query, key, value)]
-    part = min(queries, max(1, _LOGITS_OF_A_PART // key.shape[1]))
-    count = -(-queries // part)
-
-    def one_head(of_head):
-        query, key, value = of_head
-        scaled = key.T * np.asarray(size**-0.5, key.dtype)
-
-        def one_part(query):
-            logits = (query @ scaled).astype(jnp.float32)
-            weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-            return (weights.astype(value.dtype) @ value) / weights.sum(-1, keepdims=True).astype(value.dtype)
-
-        whole = jnp.pad(query, ((0, count * part - queries), (0, 0))).reshape(count, part, size)
-        return jax.lax.map(one_part, whole).reshape(-1, size)[:queries]
-
-    out = jax.lax.map(one_head, tuple(of_heads))
-    return out.reshape(batch, heads, queries, size).transpose(0, 2, 1, 3)
 
 
 def norm_silu_conv(norm: GroupNorm, conv: Conv3x3 | NarrowConv, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:

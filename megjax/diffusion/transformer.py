@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from megjax.diffusion.layers import GroupNorm, Identity, attend, conv, layer_norm, linear
+from megjax.diffusion.attention import attend
+from megjax.diffusion.layers import GroupNorm, Identity, conv, layer_norm, linear
 
 GROUP_NORM_EPS = 1e-6
 LAYER_NORM_EPS = 1e-5

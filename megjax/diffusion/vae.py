@@ -9,12 +9,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from megjax.configs import from_mapping, require, require_positive_integers
+from megjax.diffusion.attention import attend
 from megjax.diffusion.layers import (
     Downsample2D,
     GroupNorm,
     ResnetBlock2D,
     Upsample2D,
-    attend,
     conv,
     linear,
     narrow_conv,

@@ -7,43 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from megjax.diffusion import layers, strips
 from megjax.diffusion.layers import ShapeRngs
 from megjax.diffusion.vae import AutoencoderKL, VAEConfig
 from megjax.diffusion.winograd import winograd
+from tests.checks import arrays, both
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
-
-
-def arrays(seed, *shapes):
-    rng = np.random.default_rng(seed)
-    return tuple(jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes)
-
-
-def both(plain, fused, *args):
-    """Values and gradients of a nonlinear function of both, largest difference against the largest value."""
-
-    @jax.jit
-    def run(*args):
-        return [value_and_gradients(function, *args) for function in (plain, fused)]
-
-    for a, b in zip(*jax.device_get(run(*args)), strict=True):
-        yield float(np.abs(a - b).max() / np.abs(a).max())
-
-
-def value_and_gradients(function, *args):
-    def loss(*args):
-        value = function(*args)
-        return jnp.sum(jnp.sin(value)), value
-
-    (_, value), slopes = jax.value_and_grad(loss, range(len(args)), has_aux=True)(*args)
-    return value, *slopes
 
 
 @pytest.mark.parametrize("shape", [slow((2, 4, 4, 8)), (1, 3, 5, 2), slow((1, 1, 1, 3))])
@@ -243,28 +218,6 @@ def test_other_sizes_are_taken_as_they_are():
     np.testing.assert_allclose(doubled, plain, rtol=1e-6)
 
 
-@pytest.mark.parametrize("part", [slow(1), 3, 7])
-def test_attention_of_float32_by_parts_of_queries(monkeypatch, part):
-    """The last part is short; half precision is left to the compiler."""
-    args = arrays(12, (2, 7, 3, 4), (2, 5, 3, 4), (2, 5, 3, 4))
-    plain, parts = jax.nn.dot_product_attention, lambda *args: layers._attend_whole(*args)  # never traced before
-    monkeypatch.setattr(layers, "LOGITS_AT_ONCE", part * 2 * 3 * 5)
-    assert ("while" in jax.jit(parts).lower(*args).as_text()) == (part < 7)
-    assert max(both(plain, parts, *args)) < 1e-5
-    half = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in args)
-    assert "while" not in jax.jit(parts).lower(*half).as_text()
-
-
-def test_upcast_attention_of_a_tpu_goes_by_parts(monkeypatch):
-    """As in Stable Diffusion 2.1, whose half-precision features ask for float32 logits."""
-    monkeypatch.setattr(layers, "LOGITS_AT_ONCE", 2 * 2 * 600)
-    x = jax.ShapeDtypeStruct((1, 600, 8), jnp.bfloat16)
-    for upcast in (False, True):
-        attend = jax.jit(partial(layers.attend, num_heads=2, upcast=upcast))
-        text = attend.trace(x, x, x).lower(lowering_platforms=("tpu",)).as_text()
-        assert ("while" in text) == upcast
-
-
 def test_winograd_is_traced_once_a_shape(monkeypatch):
     traced, stack = [], layers.winograd.__wrapped__
 
@@ -277,38 +230,3 @@ def test_winograd_is_traced_once_a_shape(monkeypatch):
     x, kernel = arrays(13, (1, 4, 4, 256), (3, 3, 256, 256))
     program = jax.jit(lambda x, kernel: layers.conv3x3(layers.conv3x3(x, kernel), kernel)).lower(x, kernel)
     assert len(traced) == 1 and program.as_text().count("call @count") == 2
-
-
-@pytest.mark.parametrize(("queries", "keys", "of_a_part"), [(1030, 300, 1 << 17), slow(4, 1 << 17, 1 << 19)])
-def test_attention_in_parts(monkeypatch, queries, keys, of_a_part):
-    """Also with a last part that is not full, and with gradients."""
-    monkeypatch.setattr(layers, "_LOGITS_OF_A_PART", of_a_part)
-    assert queries * keys >= layers.MANY_LOGITS
-    args = arrays(2, *((1, number, 2, 4) for number in (queries, keys, keys)))
-    assert max(both(jax.nn.dot_product_attention, layers._attend_in_parts, *args)) < 2e-5
-
-
-def test_bfloat16_attention_in_parts():
-    @jax.jit
-    def run(*whole):
-        half = layers._attend_in_parts(*(x.astype(jnp.bfloat16) for x in whole))
-        return half, jax.nn.dot_product_attention(*whole)
-
-    half, exact = run(*arrays(3, *[(1, 600, 2, 8)] * 3))
-    assert half.dtype == jnp.bfloat16
-    assert np.abs(half - exact).max() < 0.03 * np.abs(exact).max()
-
-
-@pytest.mark.parametrize(
-    ("size", "dtype", "fused"), [(40, jnp.bfloat16, True), (40, jnp.float32, False), (36, jnp.bfloat16, False)]
-)
-def test_a_gpu_has_fused_attention_in_half_precision(monkeypatch, size, dtype, fused):
-    """In the program for a GPU, made without one: JAX's questions to cuDNN are answered here."""
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for tokens in (64, 1024):
-        x = jax.ShapeDtypeStruct((1, tokens, 2 * size), dtype)
-        program = jax.jit(lambda x: layers.attend(x, x, x, 2)).trace(x).lower(lowering_platforms=("cuda",))
-        assert ("fmhaSoftmax" in program.as_text()) == fused

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from megjax.diffusion.attention import attend
 from megjax.diffusion.clip import CLIPTextConfig, CLIPTextModel
-from megjax.diffusion.layers import GroupNorm, ShapeRngs, Upsample2D, attend
+from megjax.diffusion.layers import GroupNorm, ShapeRngs, Upsample2D
 from megjax.diffusion.unet import ONLY, UNet2DConditionModel, UNetConfig, timestep_features
 
 PARITY = 1e-4
