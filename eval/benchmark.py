@@ -43,7 +43,7 @@ its taps and draw Gaussian paths. Sionna has no flat Jakes fading. TDL and Gauss
 
 Stage `codec` trains the seed codec on random latents: the same network, random links, loss, AdamW with clipping and
 schedule, and parameter average in PyTorch as in megjax. Compilation is the first call less a median one. On a GPU all
-of them multiply in TF32.
+networks multiply in TF32.
 
 Stage `power` counts environment steps, one for each fading block. Every trainer makes one rollout of a whole episode in
 every environment and the same epochs over it, with networks, minibatches and coefficients alike. Rollouts of megjax

@@ -11,6 +11,7 @@ from megjax.channel.numerics import safe_sqrt
 from megjax.channel.parameters import channel_model, check, check_count, scalar
 from megjax.channel.phasor import rotation
 from megjax.channel.random import complex_normal, split, uniform
+from megjax.precision import EXACT
 from megjax.pytrees import static
 
 
@@ -70,7 +71,7 @@ class JakesFading:
         turns = doppler * jnp.cos(angles)
         coarse = jax.lax.complex(*rotation(turns, range(0, num_blocks, stride))) * paths[:, None]
         fine = jax.lax.complex(*rotation(turns, range(stride)))
-        gains = jnp.einsum("mq,ms->qs", coarse, fine, precision=jax.lax.Precision.HIGHEST)
+        gains = jnp.einsum("mq,ms->qs", coarse, fine, precision=EXACT)
         return gains.reshape(-1)[:num_blocks]
 
 

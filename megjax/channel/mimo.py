@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
-from megjax.channel.numerics import precise_matmul, safe_sqrt, squared_magnitude
+from megjax.channel.numerics import safe_sqrt, squared_magnitude
 from megjax.channel.parameters import channel_model, check, check_count
 from megjax.channel.random import complex_normal
+from megjax.precision import exact_matmul
 from megjax.pytrees import static
 
 COMBINING = ("mrc", "mrt", "svd")
@@ -264,7 +265,7 @@ def _dominant_eigenvector(wide: Complex[Array, "a b"]) -> tuple[Complex[Array, "
 
 
 def _gram(wide: Complex[Array, "a b"]) -> Complex[Array, "a a"]:
-    return precise_matmul(wide, jnp.conj(wide.T))
+    return exact_matmul(wide, jnp.conj(wide.T))
 
 
 def _gram_of_two(wide: Complex[Array, "2 b"]) -> tuple[Array, Array, Array, Array]:

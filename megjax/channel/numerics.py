@@ -16,11 +16,6 @@ def safe_sqrt(value: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, value, 1.0)), 0.0)
 
 
-def precise_matmul(a: Array, b: Array) -> Array:
-    """Matrix product at full precision: accelerators round float32 factors to fewer bits unless told not to."""
-    return jnp.matmul(a, b, precision="highest")
-
-
 def polynomial(x: Float[Array, "*s"], coefficients: tuple[float, ...]) -> Float[Array, "*s"]:
     """Value of a polynomial at `x`, elementwise, float32, by Horner's rule: highest power first."""
     result = jnp.full_like(x, coefficients[0])

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
-from megjax.channel.numerics import precise_matmul
 from megjax.channel.parameters import channel_model, check, check_count, scalar
 from megjax.channel.phasor import rotation
 from megjax.channel.tdl import TappedDelayLine
+from megjax.precision import exact_matmul
 from megjax.pytrees import static
 
 
@@ -114,13 +114,13 @@ class OFDM:
         # In half spacings, because the centre of an even number of subcarriers lies between two of them.
         first = width - 1 - 2 * (self.num_subcarriers // 2)
         centres = range(first, first + 2 * width * blocks, 2 * width)
-        response = precise_matmul(self.tdl.sample(key, slots), self._steering(0.5, centres))
+        response = exact_matmul(self.tdl.sample(key, slots), self._steering(0.5, centres))
         return response.reshape(-1)[:num_blocks]
 
     def frequency_response(self, taps: Complex[Array, "t l"]) -> Complex[Array, "t n"]:
         """Gains [t n] of the subcarriers, in ascending frequency, for snapshots `taps` [t l] at the delays of `tdl`."""
         first = -(self.num_subcarriers // 2)
-        return precise_matmul(taps, self._steering(1.0, range(first, first + self.num_subcarriers)))
+        return exact_matmul(taps, self._steering(1.0, range(first, first + self.num_subcarriers)))
 
     @property
     def _delays_s(self) -> Float[Array, " l"]:
@@ -147,7 +147,7 @@ class OFDM:
         lags = np.arange(-self.num_precursors, self.cyclic_prefix - self.num_precursors + 1, dtype=np.float32)
         delays = self._delays_s * self.sample_rate_hz
         pulses = jnp.sinc(lags[None] - delays[:, None])
-        return jax.lax.complex(precise_matmul(taps.real, pulses), precise_matmul(taps.imag, pulses))
+        return jax.lax.complex(exact_matmul(taps.real, pulses), exact_matmul(taps.imag, pulses))
 
     def sampled_frequency_response(self, impulse_response: Complex[Array, "t k"]) -> Complex[Array, "t n"]:
         """Gains [t n] of the subcarriers under an `impulse_response` [t k]: what `demodulate` sees, without noise."""

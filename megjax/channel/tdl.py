@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
-from megjax.channel.numerics import precise_matmul
 from megjax.channel.parameters import channel_model, check, check_count, scalar
 from megjax.channel.phasor import rotation
 from megjax.channel.random import complex_normal, split, uniform, unit_phasor
 from megjax.channel.tdl_profiles import PROFILES, TDLProfile
+from megjax.precision import exact_matmul
 from megjax.pytrees import static
 
 LINE_OF_SIGHT_DOPPLER = 0.7
@@ -127,5 +127,5 @@ def _clarke(
     waves = jnp.concatenate(rotation(turns * jnp.cos(angles), range(n)))
     scale = (math.sqrt(2 / num_paths) * amplitudes).astype(np.float32)
     paths = complex_normal(path_key, (amplitudes.size, num_paths)) * scale[:, None]
-    real, imag = (precise_matmul(part, waves) for part in (paths.real, paths.imag))
+    real, imag = (exact_matmul(part, waves) for part in (paths.real, paths.imag))
     return jax.lax.complex(real, imag).T

@@ -15,8 +15,9 @@ from jax.scipy.linalg import cho_factor, cho_solve
 from jaxtyping import Array, ArrayLike, Float
 
 from megjax.channel.loading import MeanError, static_load
-from megjax.channel.numerics import precise_matmul, safe_sqrt
+from megjax.channel.numerics import safe_sqrt
 from megjax.configs import require
+from megjax.precision import exact_matmul
 
 VARIANCE_FLOOR = 1e-7
 """Smallest variance kept, relative to the largest: below it the coefficients drown in the rounding of float32."""
@@ -64,7 +65,7 @@ def klt_coefficients(statistics: LatentStatistics, latent: Float[Array, "..."]) 
     """
     size = statistics.mean.shape[0]
     require(latent.size == size, "latent's shape", latent.shape, f"one with {size} values")
-    return precise_matmul(statistics.basis.T, latent.reshape(-1) - statistics.mean)
+    return exact_matmul(statistics.basis.T, latent.reshape(-1) - statistics.mean)
 
 
 def klt_synthesis(
@@ -75,7 +76,7 @@ def klt_synthesis(
     Raises ValueError for more coefficients than the latent has values, or for another shape.
     """
     count = _check_received(statistics, coefficients, shape)
-    return (statistics.mean + precise_matmul(statistics.basis[:, :count], coefficients)).reshape(shape)
+    return (statistics.mean + exact_matmul(statistics.basis[:, :count], coefficients)).reshape(shape)
 
 
 def klt_encode(statistics: LatentStatistics, latent: Float[Array, "..."]) -> Float[Array, " n"]:
@@ -175,10 +176,10 @@ def wiener_decode(
     whitened = jnp.where(received, (1 + snr) * estimate / jnp.where(received, amplitude, 1.0), 0.0)
     gain = amplitude / jnp.broadcast_to(std[None, None], shape).reshape(-1)[:count]
     # Neither product depends on the realisation: under vmap over received values it is computed once.
-    covariance = precise_matmul(statistics.basis * statistics.variances[None], statistics.basis.T)[:, :count]
+    covariance = exact_matmul(statistics.basis * statistics.variances[None], statistics.basis.T)[:, :count]
     matrix = gain[:, None] * covariance[:count] * gain[None] + jnp.eye(count)
     solution = cho_solve(cho_factor(matrix, lower=True), whitened - amplitude * prior)
-    return (statistics.mean + precise_matmul(covariance, gain * solution)).reshape(shape)
+    return (statistics.mean + exact_matmul(covariance, gain * solution)).reshape(shape)
 
 
 def _check_received(statistics: LatentStatistics, values: Float[Array, " m"], shape: tuple[int, ...]) -> int:

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, DTypeLike, Float, Int
 
 from megjax.configs import require, require_positive_integers
+from megjax.precision import EXACT, exact_matmul
 
 LOG_SNR_SCALE = 7.0
 EPSILON = 1e-6
@@ -165,12 +166,12 @@ class SeedNetwork(nnx.Module):
     def whiten(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b s n"]:
         """Uncorrelated coefficients of unit variance of every tile, largest variance first."""
         centred = self.tiles(latents) - self.latent_mean[None, None]
-        return (centred if self.basis is None else centred @ self.basis[...]) / self.scale[None, None]
+        return (centred if self.basis is None else exact_matmul(centred, self.basis[...])) / self.scale[None, None]
 
     def colour(self, coefficients: Float[Array, "b s n"]) -> Float[Array, "b h w c"]:
         """The latent with these coefficients; the inverse of `whiten`."""
         scaled = coefficients * self.scale[None, None]
-        centred = scaled if self.basis is None else scaled @ self.basis[...].T
+        centred = scaled if self.basis is None else exact_matmul(scaled, self.basis[...].T)
         return self.from_tiles(self.latent_mean[None, None] + centred)
 
     def position(self, snr_db: Float[ArrayLike, "*g"], num_symbols: Int[ArrayLike, "*g"]) -> tuple[Array, Array]:
@@ -193,7 +194,7 @@ class SeedNetwork(nnx.Module):
             jax.nn.relu(1 - jnp.abs(x - jnp.arange(size)))
             for x, size in zip((row, column), self.load_logits.shape[:2], strict=True)
         )
-        logits = jnp.einsum("s,r,srn->n", *weights, self.load_logits[...])
+        logits = jnp.einsum("s,r,srn->n", *weights, self.load_logits[...], precision=EXACT)
         return jnp.repeat(jnp.exp(logits), self.config.num_tiles)
 
     def analyse(

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from megjax.precision import exact_matmul
+
 Picture = Float[Array, "3 s s"]
 Map = Float[Array, "#s #s"]
 
@@ -93,7 +95,7 @@ def value_noise(key: Array, rows: int, columns: int, size: int) -> Float[Array, 
         distance = np.minimum(np.abs(position[:, None] - np.arange(nodes)[None]), 1.0)
         return (0.5 + 0.5 * np.cos(np.pi * distance)).astype(np.float32)
 
-    return weights(rows) @ jax.random.normal(key, (rows, columns)) @ weights(columns).T
+    return exact_matmul(exact_matmul(weights(rows), jax.random.normal(key, (rows, columns))), weights(columns).T)
 
 
 class Grid(NamedTuple):
@@ -117,7 +119,7 @@ def bumps(
     width, height = jnp.broadcast_to(width, x.shape), jnp.broadcast_to(height, x.shape)
     across = jnp.exp(-0.5 * ((grid.x - x[:, None]) / width[:, None]) ** 2)
     down = jnp.exp(-0.5 * ((grid.y - y[None]) / height[None]) ** 2)
-    return down @ across
+    return exact_matmul(down, across)
 
 
 def sky(

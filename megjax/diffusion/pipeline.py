@@ -75,6 +75,7 @@ class StableDiffusion:
 
         Args:
           dtype: of activations, float32 or bfloat16 (float16 also runs; the VAE then stays in float32 if it asks so).
+            Products of float32 are as exact as `jax.default_matmul_precision` asks when a method is called.
           param_dtype: of the parameters in memory.
           variant: "fp16" for files so marked; None takes full precision, else fp16.
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from megjax.diffusion import checkpoint
 from megjax.diffusion.layers import ShapeRngs
+from megjax.precision import EXACT
 
 IMAGE_SIZE, NUM_FEATURES = 299, 2048
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -37,11 +38,10 @@ class BasicConv2d(nnx.Module):
     def __init__(self, inputs: int, outputs: int, size: int | tuple[int, int], rngs, *, stride: int = 1, valid=False):
         height, width = size if isinstance(size, tuple) else (size, size)
         padding = "VALID" if valid else ((height // 2, height // 2), (width // 2, width // 2))
-        # Without this, GPUs and TPUs round the factors to 10 or 8 bits, which moves a Frechet distance.
-        exact = jax.lax.Precision.HIGHEST
+        # Exact, lest a Frechet distance depend on the device.
         kernel = (height, width)
         self.conv = nnx.Conv(
-            inputs, outputs, kernel, strides=stride, padding=padding, use_bias=False, precision=exact, rngs=rngs
+            inputs, outputs, kernel, strides=stride, padding=padding, use_bias=False, precision=EXACT, rngs=rngs
         )
         self.bn = BatchNorm(outputs)
 

@@ -11,6 +11,7 @@ from clu import metrics
 from jaxtyping import Array, Float
 
 from megjax.metrics.image import psnr, ssim
+from megjax.precision import exact_matmul
 
 
 @flax.struct.dataclass
@@ -129,8 +130,8 @@ def _sized(cls: type[GaussianMoments], num_features: int) -> type[GaussianMoment
 
 
 def _outer_products(centred: Float[Array, "n f"]) -> Float[Array, "f f"]:
-    """Sum over samples; at full precision, as TPUs would round the factors to bfloat16."""
-    return jnp.matmul(centred.T, centred, precision=jax.lax.Precision.HIGHEST)
+    """Sum over samples."""
+    return exact_matmul(centred.T, centred)
 
 
 def _check_mask(mask: Array | np.ndarray | None, num: int) -> None:

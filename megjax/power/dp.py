@@ -23,6 +23,7 @@ from megjax.configs import require
 from megjax.power.laws import GainLaw, gain_law
 from megjax.power.policies import spend
 from megjax.power.problem import Problem
+from megjax.precision import exact_matmul
 from megjax.pytrees import pytree_dataclass
 
 ENERGIES = 193
@@ -193,8 +194,8 @@ def _stage(
 def _before(law, priced: Float[Array, "e n"]) -> Float[Array, "e m"]:
     """Expectation over the block's gain, given the gain before it where gains are a Markov chain."""
     if isinstance(law, MarkovLaw):
-        return priced @ law.transitions.T
-    return (priced @ law.probabilities)[:, None]
+        return exact_matmul(priced, law.transitions.T)
+    return exact_matmul(priced, law.probabilities)[:, None]
 
 
 def _prices(law, problem: Problem) -> Float[Array, "t e m"]:
@@ -214,4 +215,4 @@ def _first_prices(law, problem: Problem) -> Float[Array, " e"]:
     """lambda_1(e) [e], before the first gain is known."""
     priced = _stage(law, problem, problem.weights[0], jnp.asarray(problem.num_blocks - 1), _prices(law, problem)[0])
     probabilities = law.stationary if isinstance(law, MarkovLaw) else law.probabilities
-    return priced @ probabilities
+    return exact_matmul(priced, probabilities)

@@ -19,6 +19,7 @@ from megjax.channel import (
 )
 from megjax.channel.numerics import squared_magnitude
 from megjax.power.problem import check_num_blocks
+from megjax.precision import exact_matmul
 
 NUM_NODES = 192
 _LOG_RANGE = -20.0, 3.7
@@ -36,7 +37,7 @@ class GainLaw(NamedTuple):
 
     def mean(self, values: Float[Array, "*s n"]) -> Float[Array, "*s"]:
         """E[f(g)] from the values of f at the nodes."""
-        return values @ self.probabilities
+        return exact_matmul(values, self.probabilities)
 
 
 def gain_law(fading: Fading, num_blocks: int = 16) -> GainLaw:
@@ -94,7 +95,7 @@ def load_table(law: GainLaw) -> LoadTable:
     def log_benefit(log_snr):
         """ln of -d/dx E[1 / (1 + x g)] / E[g] at x = exp(log_snr) - 1."""
         damped = gains[None] / jnp.square(1 + jnp.expm1(log_snr)[:, None] * gains[None])
-        return jnp.log(damped @ probabilities / mean_gain)
+        return jnp.log(exact_matmul(damped, probabilities) / mean_gain)
 
     def halve(_, bracket):
         low, high = bracket

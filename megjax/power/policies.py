@@ -119,8 +119,8 @@ class ChannelInversion:
         nodes, probabilities = self.law
         thresholds = jnp.interp(jnp.linspace(0, 1, _THRESHOLDS, endpoint=False), jnp.cumsum(probabilities), nodes)
         sent = nodes[None] >= thresholds[:, None]
-        level = problem.energy / gains.shape[0] / (jnp.where(sent, 1 / jnp.maximum(nodes, 1e-20), 0.0) @ probabilities)
-        share = sent @ probabilities
+        inverse = self.law.mean(jnp.where(sent, 1 / jnp.maximum(nodes, 1e-20), 0.0))
+        level, share = problem.energy / gains.shape[0] / inverse, self.law.mean(jnp.where(sent, 1.0, 0.0))
         best = jnp.argmin(1 - share + share / (1 + level * problem.snr))
         chosen, power = thresholds[best], level[best]
         return spend(

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 from megjax.configs import require, require_positive_integers
 from megjax.power.actor_critic import ActorCritic, ActorCriticConfig, LearnedPower
 from megjax.power.environment import EnvParams, EnvState, Episode, PowerControl, observation, share_of_offset
+from megjax.precision import exact_matmul
 from megjax.units import linear_to_db
 
 SNR_BINS, STD_FLOOR = 8, 1e-3
@@ -261,8 +262,8 @@ class PPO:
         index = jnp.clip((snr_db - params.min_snr_db) / width, 0, SNR_BINS - 1).astype(jnp.int32)
         member = jax.nn.one_hot(index, SNR_BINS)
         counts = jnp.maximum(member.sum(0), 1.0)
-        centred = advantages - (advantages.mean(0) @ member / counts)[index][None]
-        deviation = jnp.sqrt(jnp.square(centred).mean(0) @ member / counts)
+        centred = advantages - (exact_matmul(advantages.mean(0), member) / counts)[index][None]
+        deviation = jnp.sqrt(exact_matmul(jnp.square(centred).mean(0), member) / counts)
         return centred / (deviation[index][None] + 1e-8)
 
     def _values(self, model, moments: Moments, rollout: Rollout) -> Float[Array, "t n"]:

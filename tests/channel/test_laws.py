@@ -19,6 +19,7 @@ from megjax.channel.fading import (
 )
 from megjax.channel.ofdm import OFDM
 from megjax.channel.tdl import TDL
+from tests.products import inexact_products
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 VALUES = np.array([0.0, 0.5, 4.0], np.float32)
@@ -69,3 +70,8 @@ def test_vmap_over_the_law_agrees_with_the_loop_and_gradients_are_finite(name):
             leaf = jax.tree_util.keystr(path).split(".")[-1]
             assert np.isfinite(slope)
             assert slope != 0 or (value == 0 and leaf in UNDETERMINED.get(name, ())), leaf
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_products_are_exact(name):
+    assert inexact_products(lambda law: law.sample(jax.random.key(0), 7), LAWS[name](1.0), gradient=True) == []

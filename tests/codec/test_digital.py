@@ -10,6 +10,7 @@ from megjax.codec.digital import choose_step, expected_nmse, fit_digital, quanti
 from megjax.codec.linear import latent_statistics
 from megjax.codec.opta import gaussian_distortion
 from tests.checks import STANDARD_ERRORS
+from tests.products import inexact_products
 
 COUNT = 8000
 SCALES = np.geomspace(3, 0.1, 12)
@@ -134,3 +135,7 @@ def test_gaussian_opta_bounds_it_without_fading(digital):
 def test_bad_arguments(digital, call, message):
     with pytest.raises(ValueError, match=message):
         call(digital)
+
+
+def test_products_are_exact(digital):
+    assert inexact_products(quantise, digital, STATISTICS, LATENTS[0].astype(np.float32), 3, gradient=True) == []

@@ -11,6 +11,7 @@ from megjax.channel import MAPPINGS
 from megjax.codec import SeedCodecConfig, fitting, link
 from megjax.codec.fitting import Conditions
 from tests.checks import STANDARD_ERRORS, assert_equal_trees, within_standard_error
+from tests.products import inexact_products
 
 EPS = 2.0**-24
 # The statistics are sums of 1000 float32 terms at a time, whose rounding is at most this.
@@ -292,3 +293,8 @@ def test_latents_that_do_not_fit(config):
 def test_bad_conditions_are_named(name, values):
     with pytest.raises(ValueError, match=f"^{name} is "):
         Conditions(**values)
+
+
+def test_products_outside_the_networks_are_exact(stirred, data):
+    loss = fitting.codec_loss(stirred.loss_graph, Conditions(**SPECIAL))
+    assert inexact_products(loss, stirred.params, data, jax.random.key(0), gradient=True) == []

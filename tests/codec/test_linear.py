@@ -23,6 +23,7 @@ from megjax.codec.linear import (
     wiener_decode,
 )
 from tests.checks import within_standard_error
+from tests.products import inexact_products
 
 EPS = 6e-8
 SHAPE = (4, 3, 2)
@@ -242,3 +243,12 @@ STATISTICS = statistics_of(np.zeros(SIZE), np.eye(SIZE))
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_products_are_exact():
+    def both_ways(statistics, latent, snr):
+        klt, raw = klt_encode(statistics, latent), raw_encode(MEAN, STD, latent)
+        return klt_decode(statistics, klt, snr, SHAPE), wiener_decode(statistics, MEAN, STD, raw, snr, SHAPE)
+
+    statistics = statistics_of(np.zeros(SIZE), np.eye(SIZE))
+    assert inexact_products(both_ways, statistics, jnp.ones(SHAPE), jnp.ones(SIZE), gradient=True) == []

@@ -29,6 +29,7 @@ from megjax.codec.schemes import (
 )
 from megjax.units import db_to_linear
 from tests.checks import STANDARD_ERRORS, within_standard_error
+from tests.products import inexact_products
 
 SHAPE, SIZE, BLOCKS, COUNT = (4, 4, 4), 64, 8, 1000
 NAMES = ("learned", "klt", "raw", "wiener", "denoiser")
@@ -271,3 +272,12 @@ def test_bad_arguments(schemes, name, options, message):
     call = functools.partial(simulate, **dict(num_symbols=16, num_blocks=BLOCKS) | options)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(call, schemes[name], keys, LATENTS[:2], 0.0, NoFading())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_products_outside_the_networks_are_exact(schemes, name):
+    def both_ways(scheme, latents, snr_db):
+        keys = realisation_keys(jax.random.key(0), np.arange(len(latents), dtype=np.uint32))
+        return simulate(scheme, keys, latents, snr_db, RayleighFading(), num_symbols=16)
+
+    assert inexact_products(both_ways, schemes[name], LATENTS[:2], 5.0) == []

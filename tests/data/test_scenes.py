@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megjax.data import scenes
+from tests.products import inexact_products
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 NUM = 3000
@@ -185,3 +186,8 @@ def test_default_prompts_are_captions():
         values, _ = scenes.parse_caption(text).labels()
         slots = values[3:].reshape(3, 3).T
         assert scenes.caption(scenes.Scene(*values[:3], *slots), 0) == text
+
+
+def test_products_are_exact():
+    draw_one = lambda key: scenes.render(key, scenes.sample_scene(jax.random.clone(key)))  # noqa: E731
+    assert inexact_products(draw_one, jax.random.key(0)) == []

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from megjax.diffusion.layers import ShapeRngs
 from megjax.metrics import Inception, inception
+from megjax.precision import EXACT
+from tests.products import products
 
 PARITY = 1e-4
 
@@ -281,3 +283,9 @@ def test_bad_images(shapes):
     ):
         with pytest.raises(ValueError, match=f"images has {name}"):
             shapes.features(images)
+
+
+def test_its_products_are_exact():
+    graph, state = nnx.split(nnx.eval_shape(lambda: inception.BasicConv2d(3, 8, 3, ShapeRngs())))
+    found = products(lambda state, x: nnx.merge(graph, state)(inception.resize(x)), state, jnp.zeros((1, 64, 64, 3)))
+    assert len(found) == 3 and {product.precision for product in found} == {(EXACT, EXACT)}

@@ -14,6 +14,7 @@ from megjax.metrics import (
     scenenet,
     ssim,
 )
+from tests.products import inexact_products
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 NUM_FEATURES = 6
@@ -185,3 +186,13 @@ def test_bad_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(call)
+
+
+def test_products_are_exact():
+    collection = make_image_metrics(captions=True, num_features=4)
+
+    def update(batch):
+        state = collection.single_from_model_output(**batch)
+        return state.merge(state).compute()
+
+    assert inexact_products(update, image_batch(0, 2), gradient=True) == []

@@ -24,6 +24,7 @@ from megjax.power import (
     power_problem,
 )
 from megjax.power.dp import markov_law
+from tests.products import inexact_products
 
 T, EPISODES = 16, 2**14
 RHO = 0.9
@@ -185,3 +186,10 @@ def test_power_at_is_what_allocate_spends_first():
 def test_laws_without_a_recursion(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_products_of_a_chain_of_gains_are_exact():
+    def solve(optimum, gains, problem):
+        return optimum.allocate(gains, problem), optimum.expected_return(problem)
+
+    assert inexact_products(solve, OPTIMUM(GaussMarkovFading(RHO)), jnp.ones(4), power_problem(0.0, 4)) == []

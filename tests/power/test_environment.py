@@ -12,6 +12,7 @@ from megjax.channel.numerics import squared_magnitude
 from megjax.power import PowerControl, weighted_errors
 from megjax.power.environment import observation_size, share_of_offset
 from tests.checks import within_standard_error
+from tests.products import inexact_products
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 BLOCKS, EPISODES = 5, 2048
@@ -176,3 +177,11 @@ def test_bad_environments():
         PowerControl(0)
     with pytest.raises(ValueError, match="history is -1"):
         PowerControl(4, history=-1)
+
+
+def test_products_are_exact(env, params):
+    def play(params, action):
+        keys = jax.random.split(jax.random.key(0))
+        return env.step(keys[0], env.reset(keys[1], params)[1], action, params)[:3]
+
+    assert inexact_products(play, params, jnp.ones(1), gradient=True) == []

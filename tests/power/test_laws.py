@@ -21,6 +21,7 @@ from megjax.channel import (
 from megjax.channel.loading import mean_lmmse_error_awgn
 from megjax.power.laws import gain_law, load_table, mean_error, static_power
 from megjax.power.problem import power_problem
+from tests.products import inexact_products
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 SNRS = np.geomspace(1e-3, 1e4, 15).astype(np.float32)
@@ -168,3 +169,11 @@ def test_vmap_agrees_with_the_loop():
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_products_are_exact():
+    def plan(law, weights):
+        power = static_power(load_table(law), weights, 2.0, 12.0)
+        return power, mean_error(law, power)
+
+    assert inexact_products(plan, LAW(RayleighFading()), WEIGHTS, gradient=True) == []

@@ -21,6 +21,7 @@ from megjax.power import (
     power_problem,
 )
 from megjax.power.problem import check_gains
+from tests.products import inexact_products
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 T, EPISODES = 16, 256
@@ -199,3 +200,9 @@ def test_every_policy_checks_the_gains(name):
 def test_a_load_of_another_length():
     with pytest.raises(ValueError, match="load has shape"):
         LoadedPower(jnp.ones(3)).allocate(jnp.ones(T), given("equal"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_products_are_exact(name):
+    allocate = lambda policy, *given: policy.allocate(*given)  # noqa: E731
+    assert inexact_products(allocate, make(name), rayleigh_gains()[0], given("unequal"), gradient=True) == []

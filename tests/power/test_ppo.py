@@ -25,6 +25,7 @@ from megjax.power import (
 from megjax.power.actor_critic import WEIGHTS_NAME, ActorCriticConfig, blank_policy
 from megjax.power.recipe import PRESETS, train_power
 from tests.checks import assert_equal_trees
+from tests.products import inexact_products
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 SMALL = PPOConfig(num_envs=32, num_updates=3, minibatches=2, epochs=2, hidden=(8,))
@@ -204,3 +205,10 @@ def test_bad_configurations(options, message):
 def test_one_block_leaves_nothing_to_learn():
     with pytest.raises(ValueError, match="num_blocks is 1"):
         PPO(SMALL, PowerControl(1))
+
+
+def test_products_outside_the_networks_are_exact(small):
+    def train(params):
+        return small.ppo.update(small.ppo.init(jax.random.key(0)), params)
+
+    assert inexact_products(train, small.params) == []

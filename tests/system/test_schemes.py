@@ -11,6 +11,7 @@ from megjax.channel import RicianFading
 from megjax.codec.schemes import draw_gains, realisation_keys
 from megjax.power import LoadedPower
 from megjax.system import SCHEMES, BlockWeights
+from tests.products import inexact_products
 
 FAST = {("centralized", "analog"), ("centralized", "coded"), ("seed", "learned"), ("split", "latent")}
 FORMS = [
@@ -101,3 +102,13 @@ def test_a_good_channel_shows_what_was_sent(simulator, deliver, source, form):
 def test_no_signal_shows_the_mean(simulator, deliver, source):
     analog = deliver(simulator(("centralized", "analog")), source, -80.0, realisations=range(REALISATIONS))
     np.testing.assert_allclose(analog.images, np.broadcast_to([0.4, 0.5, 0.6], analog.images.shape), atol=2e-3)
+
+
+@pytest.mark.parametrize("form", [param.values[0] for param in FORMS], ids="-".join)
+def test_products_outside_the_networks_are_exact(simulator, source, form):
+    def deliver(params, source, snr_db):
+        ids, numbers = jnp.zeros((2, 48), jnp.int32), (np.arange(2), np.arange(2))
+        return simulator(form).deliver(jax.random.key(0), params, source, ids, snr_db, *numbers, generate=False)
+
+    two = jax.tree.map(lambda x: x[:2], source)
+    assert inexact_products(deliver, simulator(form).params, two, 3.0) == []

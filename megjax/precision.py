@@ -1,0 +1,13 @@
+"""The precision of products outside networks: exact float32 on every device, whatever JAX's default there is."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike
+
+EXACT = jax.lax.Precision.HIGHEST
+"""By default GPUs round float32 factors of products and convolutions to 10 bits (TF32) and TPUs to 7 (bfloat16)."""
+
+
+def exact_matmul(a: ArrayLike, b: ArrayLike) -> Array:
+    """Matrix product a @ b with factors as they are."""
+    return jnp.matmul(a, b, precision=EXACT)
