@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 
-.PHONY: install peers peer-flax tpu demo channel codec power figures benchmark aot quality test test-all coverage lint format clean
+.PHONY: install peers peer-flax tpu demo channel codec power figures benchmark gpu wheels aot quality test test-all coverage lint format clean
 
 # Everything: the library, what tests and linting need, and the tools of the README.
 install: .venv/test.stamp
@@ -97,6 +97,18 @@ SMALL := --folder outputs/quick/benchmarks --model scenes --batches 256 --envs 6
 benchmark: .venv/run.stamp
 	$(BIN)/python -m eval.benchmark all --rounds 3 --steps $(if $(QUICK),2,25) $(if $(GPU),$(ON_GPU)) $(if $(QUICK),$(SMALL))
 	$(BIN)/python -m eval.benchmark tables $(if $(QUICK),$(SMALL))
+
+# The same on a GPU that is there for minutes only: what matters most first, and in a further call what is missing.
+# QUICK=1 tries it on any device, at tiny sizes.
+gpu: .venv/run.stamp
+	$(BIN)/python -m eval.gpu $(if $(QUICK),--quick --output outputs/quick/gpu)
+
+# For a machine without network that has JAX, Flax, PyTorch and transformers: the packages that it may lack, in wheels/.
+OFFLINE := clu diffusers docstring_parser Farama-Notifications gymnasium importlib_metadata importlib_resources \
+  lazy-importer ml_collections sionna-no-rt stable_baselines3 tensorboardX typeguard tyro
+wheels: | .venv/bin/python
+	$(PIP) download --quiet --no-deps --only-binary=:all: --python-version 3.12 --constraint constraints.txt \
+	  --dest wheels $(OFFLINE)
 
 # Every job compiled for every TPU topology of tpu_configs/ on this machine, no TPU needed: an hour and a half on two cores.
 # What benchmarks/aot/ holds already is only traced, so this can be stopped and started again.

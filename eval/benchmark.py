@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -36,14 +36,16 @@ HEADER = """# Benchmarks
 
 Made by `python -m eval.benchmark tables` from the JSON files under `benchmarks/`, which commands such as `python -m
 eval.benchmark channel` write. Rates are medians over interleaved rounds with quartiles in brackets; the first call
-includes tracing and compilation. Bytes written are those of the output, and `copy` is what copying an array of its size
-reaches in the same run. Peers do the same job on the same law, but for TDL: Sionna draws the angles of arrival of each
-tap anew and its paths have constant modulus, where megjax and the NumPy loop share the angles of a realisation among
-its taps and draw Gaussian paths. Sionna has no flat Jakes fading. TDL and Gaussian numbers run at the smallest batch.
+includes tracing and compilation. On a GPU float32 networks, PyTorch's too, multiply in TF32. `python -m eval.gpu`
+measures these stages in parts; "again" marks what was measured a second time beside what a later part is about.
+
+In stage `channel`, bytes written are those of the output, and `copy` is what copying an array of its size reaches in
+the same run. Peers do the same job on the same law, but for TDL: Sionna draws the angles of arrival of each tap anew
+and its paths have constant modulus, where megjax and the NumPy loop share the angles of a realisation among its taps
+and draw Gaussian paths. Sionna has no flat Jakes fading. TDL and Gaussian numbers run at the smallest batch.
 
 Stage `codec` trains the seed codec on random latents: the same network, random links, loss, AdamW with clipping and
-schedule, and parameter average in PyTorch as in megjax. Compilation is the first call less a median one. On a GPU all
-networks multiply in TF32.
+schedule, and parameter average in PyTorch as in megjax. Compilation is the first call less a median one.
 
 Stage `power` counts environment steps, one for each fading block. Every trainer makes one rollout of a whole episode in
 every environment and the same epochs over it, with networks, minibatches and coefficients alike. Rollouts of megjax
@@ -51,9 +53,11 @@ begin all episodes at once; the PureJaxRL-style loop steps an environment that h
 gymnax's does, and in a second version is spared that. stable-baselines3 runs on one thread or on all, whichever is
 faster.
 
-Stage `diffusion` calls the U-Net once, for all networks with random weights; guidance needs two inputs an image. Rates
-of operations count those of the layers as they are defined, for all; on a CPU megjax's convolutions make fewer, so that
-it can pass `matmul`, a product of square matrices in the same numbers and the same run.
+Stage `diffusion` calls the U-Net once, for all networks with random weights. Its batch counts inputs, of which guidance
+needs two an image: batch 2 is one guided image, batch 32 are sixteen. Guided steps a second are calls, image-steps the
+same times those images. Rates of operations count those of the layers as they are defined, for all; on a CPU megjax's
+convolutions make fewer, so that it can pass `matmul`, a product of square matrices in the same numbers and run. Memory
+is what megjax's program holds by XLA's account, and what PyTorch allocates on a GPU, weights included.
 
 Stage `image` makes a whole image from token ids, with text encoder and image decoder, each sample in a process of its
 own; peak memory is the largest that the process held during the call, weights included (on a GPU: what was allocated on
@@ -104,6 +108,8 @@ class Arguments:
     """Training steps of one call (stage codec)."""
     envs: tuple[int, ...] = (4_096,)
     """Environments of PPO (stage power)."""
+    gaussians: bool = True
+    """Compare ways to draw Gaussian numbers too (stage channel)."""
     gap_updates: int = 150
     """Length of the training that is timed to 95 % of the gap to the causal optimum, 0 for none (stage power)."""
     model: Literal["sd15", "sd21", "scenes"] = "sd15"
@@ -111,11 +117,13 @@ class Arguments:
     unet_batches: tuple[int, ...] = (2,)
     """Inputs of the U-Net, two for each guided image (stage diffusion)."""
     torch_compile: bool = True
-    """Measure torch.compile too (stages diffusion and image)."""
+    """Measure torch.compile too (stages codec, diffusion, image and system)."""
     image_steps: int = 25
     """Guided steps of an image (stage image)."""
     image_batches: tuple[int, ...] = (1,)
     """Images at a time (stage image)."""
+    image_calls: int = 0
+    """Samples, if any, that all come from one process of each implementation, started once (stage image)."""
     captions: int = 500
     """Held-out captions, a multiple of 50 (stage guidance)."""
     images: int = 8
@@ -128,6 +136,10 @@ class Arguments:
     """Samples of each contender."""
     peers: bool = True
     """Measure other software too, where it is installed."""
+    ours: bool = True
+    """Measure megjax, and not only other software (stages codec, diffusion, image and system)."""
+    ceilings: bool = True
+    """Measure what the device reaches when nothing is in its way."""
     folder: Path = ROOT / "benchmarks"
     """Folder of the JSON files."""
 
@@ -137,15 +149,15 @@ def stages(
 ) -> dict[str, Callable[[], tuple[list[dict], list[str], list[str]]]]:
     """Stage -> its rows, missing peers and notes, in the order of "all"; `machine` are its ceilings."""
     sizes = args.images, args.realisations, args.receptions
-    few, compiled = (args.rounds, args.peers), args.torch_compile
+    few, which = (args.rounds, args.peers), (args.torch_compile, args.ours)
     return {
-        "channel": lambda: (*channel.run(args.batches, *few), []),
-        "codec": lambda: codec.run(args.preset, args.steps, *few),
+        "channel": lambda: (*channel.run(args.batches, *few, args.gaussians), []),
+        "codec": lambda: codec.run(args.preset, args.steps, *few, *which),
         "power": lambda: power.run(args.batches, args.envs, args.gap_updates, *few),
         "layers": lambda: layer_choices.run(2, args.rounds),
-        "diffusion": lambda: diffusion.run(args.model, args.unet_batches, *few, compiled),
-        "image": lambda: image.run(args.model, args.image_batches, args.image_steps, *few, compiled),
-        "system": lambda: system.run(*sizes, *few),
+        "diffusion": lambda: diffusion.run(args.model, args.unet_batches, *few, *which),
+        "image": lambda: image.run(args.model, args.image_batches, args.image_steps, *few, *which, args.image_calls),
+        "system": lambda: system.run(*sizes, *few, *which),
         "guidance": lambda: guidance.run(args.captions, args.rounds),
         "scaling": lambda: scaling.run(args.rounds, args.model != "scenes"),
         "startup": lambda: startup.run(args.rounds),
@@ -163,6 +175,8 @@ def run(args: Arguments) -> None:
     require(args.rounds >= fewest, "--rounds", args.rounds, f"{fewest} or more")
     fits = all(num % power.SHAPE["minibatches"] == 0 for num in args.envs)
     require(fits, "--envs", args.envs, f"multiples of {power.SHAPE['minibatches']}, the minibatches")
+    require(args.image_calls >= 0, "--image-calls", args.image_calls, "0 or more")
+    require(args.ceilings or args.stage != "limits", "--no-ceilings", "given", "left out: stage limits needs them")
     require(args.captions % guidance.BATCH == 0, "--captions", args.captions, f"a multiple of {guidance.BATCH}")
     if args.stage == "tables":
         default = args.folder.resolve() == ROOT / "benchmarks"
@@ -172,7 +186,7 @@ def run(args: Arguments) -> None:
         args.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--folder {str(args.folder)!r} cannot be made: {error.strerror}") from None
-    about = {**environment(), "stage": args.stage, "ceilings": ceilings()}
+    about = {**environment(), "stage": args.stage, "ceilings": ceilings() if args.ceilings else None}
     rows, missing, notes = stages(args, about["ceilings"])[args.stage]()
     result = {**about, "rows": rows, "missing_peers": missing, "notes": notes}
     path = args.folder / f"{args.stage}-{slug(about['device'])}.json"
@@ -231,8 +245,7 @@ def show(result: dict) -> None:
     """Print one table per case and batch."""
     screen = console()
     columns, line = LAYOUTS[result["stage"]]
-    frame = pd.DataFrame(result["rows"])
-    for (case, batch), group in frame.groupby(["case", "batch"], sort=False):
+    for case, batch, group in groups(result):
         table = Table(title=title(case, batch), title_justify="left")
         for column in columns:
             table.add_column(column, no_wrap=column == columns[0])
@@ -243,6 +256,13 @@ def show(result: dict) -> None:
         screen.print(f"{name}: not installed; `make peers` installs it")
     for note in result["notes"]:
         screen.print(note)
+
+
+def groups(result: dict) -> Iterator[tuple[str, int, pd.DataFrame]]:
+    """Rows of each case and batch."""
+    if result["rows"]:
+        frame = pd.DataFrame(result["rows"])
+        yield from ((*of, group) for of, group in frame.groupby(["case", "batch"], sort=False))
 
 
 def title(case: str, batch: int) -> str:
@@ -272,7 +292,7 @@ def write_tables(folder: Path, path: Path) -> None:
         parts.append(f"## {result['stage']}: {result['device']}, {result['cpu_cores']} cores\n")
         parts.append(f"Commit {result['commit']}, Python {result['python']}, {versions}.\n")
         parts += [ceiling] if (ceiling := ceilings_line(result.get("ceilings"))) else []
-        for (case, batch), group in pd.DataFrame(result["rows"]).groupby(["case", "batch"], sort=False):
+        for case, batch, group in groups(result):
             lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
             lines += ["| " + " | ".join(line(row)) + " |" for row in group.itertuples()]
             parts.append(f"**{title(case, batch)}**\n\n" + "\n".join(lines) + "\n")

@@ -90,16 +90,38 @@ def environment() -> dict[str, Any]:
     }
 
 
-def ceilings(rounds: int = 3, side: int = 4_096, copied: int = 2**28) -> dict[str, float]:
+def matmul_side() -> int:
+    """Side of the square matrices whose product is a device's ceiling: large enough to fill it."""
+    return 4_096 if jax.default_backend() == "cpu" else 8_192
+
+
+def matmul(dtype: Any, side: int) -> Callable[[], jax.Array]:
+    """A product of square matrices of normal numbers, as a GPU multiplies zeros and ones faster."""
+    x, product = jax.random.normal(jax.random.key(0), (side, side), dtype), jax.jit(lambda a: a @ a)
+    return lambda: jax.block_until_ready(product(x))
+
+
+def prepare_torch() -> str | None:
+    """PyTorch's name for the kind of device that JAX has; None where PyTorch cannot use it.
+
+    From then on it multiplies float32 matrices in TF32 on a GPU, which is XLA's default there.
+    """
+    import torch
+
+    if jax.default_backend() == "cpu":
+        return "cpu"
+    torch.set_float32_matmul_precision("high")
+    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else None
+
+
+def ceilings(rounds: int = 3, side: int | None = None, copied: int = 2**28) -> dict[str, float]:
     """What the device reaches when nothing is in its way: operations/s of square products, and bytes/s of a copy.
 
     A copy of `copied` bytes reads and writes each of them once, and counts them twice.
     """
-    contenders = []
-    for dtype in (jnp.float32, jnp.bfloat16):
-        x, product = jnp.ones((side, side), dtype), jax.jit(lambda a: a @ a)
-        call = lambda x=x, product=product: jax.block_until_ready(product(x))  # noqa: E731
-        contenders.append(Contender(f"matmul_{jnp.dtype(dtype).name}", call))
+    side = side or matmul_side()
+    kinds = jnp.float32, jnp.bfloat16
+    contenders = [Contender(f"matmul_{jnp.dtype(dtype).name}", matmul(dtype, side)) for dtype in kinds]
     source, copy = jnp.ones(copied // 4, jnp.float32), jax.jit(jnp.copy)
     contenders.append(Contender("copy_bytes", lambda: jax.block_until_ready(copy(source))))
     work = [2 * side**3, 2 * side**3, 2 * copied]

@@ -11,7 +11,7 @@ from megjax.precision import EXACT
 from tests.checks import unchecked
 
 PRIMITIVES = ("dot_general", "conv_general_dilated")
-NETWORK_LAYERS = ("/flax/nnx/nn/", "/megjax/diffusion/layers.py", "/megjax/diffusion/winograd.py")
+NETWORK_LAYERS = ("/flax/nnx/nn/", *(f"/megjax/diffusion/{name}.py" for name in ("attention", "layers", "winograd")))
 """Code whose products are a network's: what `jax.default_matmul_precision` is for."""
 
 

@@ -10,12 +10,14 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+_FAILURE = re.compile(r"^(?:[\w.]+(?:Error|Exception|Exit|Interrupt|Failed)\b|eval\.\w+: ).*", re.MULTILINE)
 
 
 class Served:
@@ -25,8 +27,8 @@ class Served:
     """
 
     def __init__(self, command: Sequence[str], request: dict[str, Any], environ: Mapping[str, str] | None = None):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-        self._command = list(command)
+        self._command, self._errors = list(command), tempfile.TemporaryFile("w+")  # noqa: SIM115
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors, "text": True}
         self._process = subprocess.Popen(self._command, cwd=ROOT, env={**os.environ, **(environ or {})}, **pipes)
         self.about = self._ask(request)
 
@@ -42,16 +44,29 @@ class Served:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            self.close()
-            raise RuntimeError(f"{' '.join(self._command)} ended with code {self._process.returncode}")
+            self._end()
+            self._errors.seek(0)
+            line, code = last_error(self._errors.read()), self._process.returncode
+            self._errors.close()
+            raise RuntimeError(f"{' '.join(self._command)} ended with code {code}" + (line and f": {line}"))
         return json.loads(answer)
 
     def close(self) -> None:
         """End the other process."""
+        self._end()
+        self._errors.close()
+
+    def _end(self) -> None:
         with contextlib.suppress(BrokenPipeError):  # what it was asked last may not have reached it
             self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
+
+
+def last_error(text: str) -> str:
+    """The line that names the error a process ended with, or its last line, at most 200 characters; of its stderr."""
+    lines = _FAILURE.findall(text) or text.strip().splitlines() or [""]
+    return lines[-1].strip().rstrip(".")[:200]
 
 
 def serve(make: Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[[], Any], Callable[[], int] | None]]) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval.measure import Contender, measure
+from eval.stages.codec import COMPILED, compiler_problem
 from megjax.channel import TDL, JakesFading, RayleighFading, transmit
 from megjax.channel.random import complex_normal, fold_in_each
 
@@ -17,7 +18,7 @@ NOISE_VAR = 0.1
 DOPPLER, NUM_PATHS = 0.05, 20
 """Turns a block, and sinusoids a tap; Sionna's TDL also sums 20 unless told otherwise."""
 PROFILE, DELAY_SPREAD_S, INTERVAL_S = "A", 100e-9, 1e-3
-PEERS = ("numpy_channel", "sionna_channel")
+PEERS = ("numpy_channel", "torch_channel", "sionna_channel")
 COPY = "copy"
 """The name of the contender that only copies the output: the ceiling for bytes written."""
 
@@ -33,11 +34,13 @@ def peers() -> dict[str, Any]:
     return found
 
 
-def run(batches: tuple[int, ...], rounds: int, with_peers: bool) -> tuple[list[dict], list[str]]:
+def run(
+    batches: tuple[int, ...], rounds: int, with_peers: bool, with_gaussians: bool = True
+) -> tuple[list[dict], list[str]]:
     """Rows of the benchmark file, and the peers that are missing."""
     installed = peers() if with_peers else dict.fromkeys(PEERS)
     rows = []
-    for case, batch, written, contenders in cases(batches, installed):
+    for case, batch, written, contenders in cases(batches, installed, with_gaussians):
         title = f"{case}, batch {batch}"
         timings = measure(contenders, rounds, title)
         for name, timing in timings.items():
@@ -58,12 +61,15 @@ def run(batches: tuple[int, ...], rounds: int, with_peers: bool) -> tuple[list[d
     return rows, [name for name, module in installed.items() if module is None and with_peers]
 
 
-def cases(batches: tuple[int, ...], installed: dict[str, Any]) -> Iterator[tuple[str, int, int, list[Contender]]]:
+def cases(
+    batches: tuple[int, ...], installed: dict[str, Any], with_gaussians: bool = True
+) -> Iterator[tuple[str, int, int, list[Contender]]]:
     """(case, batch, bytes of the output, contenders), built one after the other so that memory is given back."""
     yield from (block_fading(batch, installed) for batch in batches)
     yield from (jakes(batch, installed) for batch in batches)
     yield tdl(min(batches), installed)
-    yield gaussians(min(batches))
+    if with_gaussians:
+        yield gaussians(min(batches))
 
 
 def block_fading(batch: int, installed: dict[str, Any]) -> tuple[str, int, int, list[Contender]]:
@@ -80,6 +86,9 @@ def block_fading(batch: int, installed: dict[str, Any]) -> tuple[str, int, int, 
     contenders = [_megjax(link, batch, jnp.asarray(symbols)), _copy(shape, np.complex64)]
     for peer in filter(None, installed.values()):
         contenders.append(Contender(peer.NAME, peer.block_fading(symbols, NOISE_VAR)))
+    peer = installed.get("torch_channel")
+    if peer and jax.default_backend() == "gpu" and compiler_problem(on_cpu=False) is None:
+        contenders.append(Contender(COMPILED, peer.block_fading(symbols, NOISE_VAR, compiled=True)))
     return f"Rayleigh, {NUM_BLOCKS} blocks x {BLOCK_SYMBOLS} symbols, noise", batch, symbols.nbytes, contenders
 
 
@@ -88,8 +97,8 @@ def jakes(batch: int, installed: dict[str, Any]) -> tuple[str, int, int, list[Co
     fading = JakesFading(DOPPLER, num_paths=NUM_PATHS)
     shape = (batch, NUM_BLOCKS)
     contenders = [_megjax(lambda key: fading.sample(key, NUM_BLOCKS), batch), _copy(shape, np.complex64)]
-    if numpy := installed["numpy_channel"]:
-        contenders.append(Contender(numpy.NAME, numpy.jakes(batch, NUM_BLOCKS, DOPPLER, NUM_PATHS)))
+    for peer in filter(None, (installed["numpy_channel"], installed["torch_channel"])):
+        contenders.append(Contender(peer.NAME, peer.jakes(batch, NUM_BLOCKS, DOPPLER, NUM_PATHS)))
     return f"Jakes, {NUM_BLOCKS} blocks, {NUM_PATHS} paths", batch, 8 * batch * NUM_BLOCKS, contenders
 
 

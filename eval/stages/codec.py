@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from eval.measure import Contender, Timing, measure
+from eval.measure import Contender, Timing, measure, prepare_torch
 from megjax.codec.fitting import codec_loss
 from megjax.codec.network import Constant, SeedNetwork
 from megjax.codec.recipe import PRESETS, CodecRecipe
@@ -18,17 +18,22 @@ from megjax.training import init_state, make_chunk
 
 NUM_LATENTS = 10_000
 PEER = "torch_codec"
-EAGER = "PyTorch, eager"
+EAGER, COMPILED = "PyTorch, eager", "PyTorch, torch.compile"
+NOT_ASKED = "not asked for"
+NO_DEVICE = "PyTorch was not measured: it cannot use this device."
 COLUMNS = ["implementation", "steps/s", "images/s", "of eager PyTorch", "compilation (s)"]
 
 
 def run(
-    preset: str, steps: int, rounds: int, with_peers: bool, compiled: bool = True
+    preset: str, steps: int, rounds: int, with_peers: bool, compiled: bool = True, ours: bool = True
 ) -> tuple[list[dict], list[str], list[str]]:
-    """Rows of the benchmark file, the peers that are missing, and notes; `compiled` also measures torch.compile."""
+    """Rows of the benchmark file, the peers that are missing, and notes.
+
+    `compiled` also measures torch.compile; without `ours`, only peers are measured.
+    """
     recipe = PRESETS[preset]
     latents = np.random.default_rng(0).standard_normal((NUM_LATENTS, *recipe.codec.latent_shape), np.float32)
-    contenders, notes = [megjax_contender(recipe, latents, steps)], []
+    contenders, notes = [megjax_contender(recipe, latents, steps)] if ours else [], []
     torch_codec = peer() if with_peers else None
     if torch_codec is not None:
         others, notes = torch_contenders(torch_codec, recipe, latents, steps, compiled)
@@ -75,12 +80,11 @@ def cells(row) -> list[str]:
 
 
 def peer(name: str = PEER) -> ModuleType | None:
-    """A peer's module; None where PyTorch is not installed."""
+    """A peer's module; None where what it needs is not installed."""
     try:
-        importlib.import_module("torch")
-    except ImportError:
+        return importlib.import_module(f"eval.peers.{name}")
+    except ModuleNotFoundError:
         return None
-    return importlib.import_module(f"eval.peers.{name}")
 
 
 def megjax_contender(recipe: CodecRecipe, latents: np.ndarray, steps: int) -> Contender:
@@ -106,27 +110,29 @@ def torch_contenders(
     """PyTorch on the kind of device that JAX has, eager and compiled, and notes on what could not be measured."""
     import torch
 
-    on_cpu = jax.default_backend() == "cpu"
-    if not on_cpu and not (jax.default_backend() == "gpu" and torch.cuda.is_available()):
-        return [], [f"{torch_codec.NAME} was not measured: it cannot use this device."]
-    if not on_cpu:
-        torch.set_float32_matmul_precision("high")  # TF32, which is XLA's default
-    data = torch.from_numpy(latents).to("cpu" if on_cpu else "cuda")
-    modes = {EAGER: (False, None)}
-    threads = f" with {torch.get_num_threads()} threads" if on_cpu else ""
+    device = prepare_torch()
+    if device is None:
+        return [], [NO_DEVICE]
+    data = torch.from_numpy(latents).to(device)
+    threads = f" with {torch.get_num_threads()} threads" if device == "cpu" else ""
     notes = [f"{torch_codec.NAME} {torch.__version__}{threads}, fused AdamW; the loss and its gradient are compiled."]
-    problem = compiler_problem(on_cpu) if compiled else "not asked for"
-    if problem:
-        notes.append(f"torch.compile was not measured: {problem}.")
-    else:
-        modes["PyTorch, torch.compile"] = (True, None)
-        if not on_cpu:
-            modes["PyTorch, torch.compile, CUDA graphs"] = (True, "reduce-overhead")
+    modes, problems = torch_modes(compiled, device)
+    kinds = {name: (compile_it, None) for name, compile_it in modes.items()}
+    if device == "cuda" and COMPILED in modes:
+        kinds[f"{COMPILED}, CUDA graphs"] = (True, "reduce-overhead")
     contenders = []
-    for name, (compile_it, mode) in modes.items():
+    for name, (compile_it, mode) in kinds.items():
         loop = torch_codec.training(recipe.codec, recipe.conditions, recipe.fit, data, compile_it, mode)
         contenders.append(Contender(name, lambda loop=loop: loop.run(steps)))
-    return contenders, notes
+    return contenders, notes + problems
+
+
+def torch_modes(compiled: bool, device: str) -> tuple[dict[str, bool], list[str]]:
+    """Names of PyTorch's ways, eager and compiled, each with whether it is; and why it is not compiled, if so."""
+    problem = compiler_problem(device == "cpu") if compiled else NOT_ASKED
+    if problem:
+        return {EAGER: False}, [f"torch.compile was not measured: {problem}."]
+    return {EAGER: False, COMPILED: True}, []
 
 
 def compiler_problem(on_cpu: bool) -> str | None:

@@ -15,10 +15,10 @@ def start(request: dict[str, Any], environ: dict[str, str] | None = None) -> Ser
 def _make(request: dict[str, Any]):
     import jax
     import jax.numpy as jnp
-    import numpy as np
     from flax import nnx
 
     from eval.aot_jobs import model_configs
+    from eval.stages.diffusion import random_weights
     from megjax.diffusion import generation
     from megjax.diffusion.clip import CLIPTextModel
     from megjax.diffusion.layers import ShapeRngs
@@ -35,15 +35,11 @@ def _make(request: dict[str, Any]):
         "unet": (UNet2DConditionModel, configs.unet),
         "vae": (AutoencoderKL, configs.vae),
     }
-    rng, graphs, params = np.random.default_rng(0), {}, {}
-
-    def draw(x):
-        scale = float(np.prod(x.shape[:-1])) ** -0.5 if len(x.shape) > 1 else 0.1
-        return jnp.asarray(scale * rng.standard_normal(x.shape, np.float32), dtype)
-
+    graphs, params = {}, {}
     for name, (build, config) in networks.items():
         graphs[name], shapes = nnx.split(nnx.eval_shape(lambda b=build, c=config: b(c, rngs=ShapeRngs())))
-        params[name] = jax.block_until_ready(jax.tree.map(draw, shapes))
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+        params[name] = jax.block_until_ready(random_weights(shapes))
     graphs = generation.Graphs(**graphs, scaling_factor=configs.vae.scaling_factor)
     sampler = make_sampler(configs.scheduler, "ddim", steps, 0.0)
     side = configs.unet.sample_size

@@ -7,8 +7,8 @@ from types import ModuleType
 import jax
 import numpy as np
 
-from eval.measure import Contender, Timing, measure
-from eval.stages.codec import EAGER, compiler_problem, peer
+from eval.measure import Contender, Timing, measure, prepare_torch
+from eval.stages.codec import EAGER, NO_DEVICE, peer, torch_modes
 from megjax.codec import SeedCodec
 from megjax.data.latents import over_devices
 from megjax.diffusion.pipeline import StableDiffusion
@@ -20,11 +20,18 @@ COLUMNS = ["implementation", "images/s", "ms an image", "of eager PyTorch", "fir
 
 
 def run(
-    images: int, realisations: int, batch: int, rounds: int, with_peers: bool
+    images: int,
+    realisations: int,
+    batch: int,
+    rounds: int,
+    with_peers: bool,
+    compiled: bool = True,
+    ours: bool = True,
 ) -> tuple[list[dict], list[str], list[str]]:
     """Rows of the benchmark file, the peers that are missing, and notes.
 
-    `images` latents go over so many realisations each, `batch` receptions at a time.
+    `images` latents go over so many realisations each, `batch` receptions at a time. `compiled` also measures
+    torch.compile; without `ours`, only peers are measured.
     """
     pipe, codec = StableDiffusion.from_pretrained("scenes"), SeedCodec.from_pretrained("scenes")
     simulator = make_simulator(pipe, codec, "seed", rate=RATE, num_steps=STEPS)
@@ -33,15 +40,18 @@ def run(
     contenders = [
         Contender("megjax", whole.received),
         Contender("megjax, a loop over receptions", whole.loop),
-    ]
+    ][: 2 * ours]
     peer_module = peer(PEER) if with_peers else None
     if peer_module is not None:
-        others, notes = torch_contenders(peer_module, pipe, codec, latents, realisations)
+        others, notes = torch_contenders(peer_module, (pipe, codec), latents, realisations, compiled)
         contenders += others
     timings = measure(contenders, rounds, "system")
     case = f"seed, r = {RATE:g}, {images} images x {realisations} realisations"
     loops = {"megjax, a loop over receptions": whole.looped}
     rows = rows_of(timings, case, batch, images * realisations, rounds, loops)
+    missing = [PEER] if with_peers and peer_module is None else []
+    if not ours:
+        return rows, missing, notes
     parts = [
         Contender("encode, channel, decode", whole.latents_only),
         Contender("VAE", whole.vae),
@@ -51,7 +61,7 @@ def run(
     timings = measure(parts, rounds, "parts of the system")
     rows += rows_of(timings, "parts; the sampler runs once an image", batch, images * realisations, rounds, counts)
     notes.append(f"megjax uses {len(jax.local_devices())} devices, {batch} receptions at a time.")
-    return rows, [PEER] if with_peers and peer_module is None else [], notes
+    return rows, missing, notes
 
 
 class Parts:
@@ -156,31 +166,30 @@ def cells(row) -> list[str]:
 
 
 def torch_contenders(
-    module: ModuleType, pipe: StableDiffusion, codec: SeedCodec, latents: np.ndarray, realisations: int
+    module: ModuleType,
+    models: tuple[StableDiffusion, SeedCodec],
+    latents: np.ndarray,
+    realisations: int,
+    compiled: bool,
 ) -> tuple[list[Contender], list[str]]:
     """The same link in PyTorch with the same weights, eager and compiled, and notes."""
     import torch
 
-    on_cpu = jax.default_backend() == "cpu"
-    if not on_cpu and not (jax.default_backend() == "gpu" and torch.cuda.is_available()):
-        return [], ["PyTorch was not measured: it cannot use this device."]
-    device = "cpu" if on_cpu else "cuda"
-    notes = [f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads." if on_cpu else ""]
-    problem, modes = compiler_problem(on_cpu), {EAGER: False}
-    if problem:
-        notes.append(f"torch.compile was not measured: {problem}.")
-    else:
-        modes["PyTorch, torch.compile"] = True
-    given, contenders = torch.from_numpy(latents).to(device), []
-    for name, compiled in modes.items():
-        link = module.make_link(pipe, codec, codec.num_symbols(RATE), SNR_DB, compiled=compiled, device=device)
+    device = prepare_torch()
+    if device is None:
+        return [], [NO_DEVICE]
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    modes, problems = torch_modes(compiled, device)
+    (pipe, codec), given, contenders = models, torch.from_numpy(latents).to(device), []
+    for name, compile_it in modes.items():
+        link = module.make_link(pipe, codec, codec.num_symbols(RATE), SNR_DB, compiled=compile_it, device=device)
         generator = torch.Generator(device).manual_seed(0)
 
         def call(link=link, generator=generator):
             images = link(given, realisations, generator)
-            if not on_cpu:
+            if device == "cuda":
                 torch.cuda.synchronize()
             return images
 
         contenders.append(Contender(name, call))
-    return contenders, [note for note in notes if note]
+    return contenders, [f"PyTorch {torch.__version__}{threads}.", *problems]

@@ -131,7 +131,9 @@ def _attend_whole(query, key, value):
     if jax.default_backend() == "gpu" and query.dtype.itemsize == 2:
         # Which shapes and GPUs cuDNN knows only it can tell.
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+            fused = partial(jax.nn.dot_product_attention, implementation="cudnn")
+            # Whatever the backend, the layers can be lowered for another platform, as to count their operations.
+            return jax.lax.platform_dependent(query, key, value, cuda=fused, default=jax.nn.dot_product_attention)
     batch, queries, heads, size = query.shape
     part = max(1, LOGITS_AT_ONCE // max(1, batch * heads * key.shape[1]))
     if query.dtype != jnp.float32 or part >= queries:

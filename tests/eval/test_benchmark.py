@@ -83,26 +83,33 @@ def test_tables_come_from_the_files(result, tmp_path):
 
 def test_a_missing_peer_is_a_line(monkeypatch):
     monkeypatch.setattr(channel, "PEERS", ("numpy_channel", "sionna_channel", "no_such_peer"))
-    monkeypatch.setattr(channel, "cases", lambda batches, installed: [])
+    monkeypatch.setattr(channel, "cases", lambda batches, installed, with_gaussians: [])
     rows, missing = channel.run((4,), 3, with_peers=True)
     assert rows == [] and "no_such_peer" in missing and "numpy_channel" not in missing
     assert channel.run((4,), 3, with_peers=False)[1] == []
 
 
-@pytest.mark.parametrize("peer", ["numpy_channel", "sionna_channel"])
-def test_peers_draw_the_same_law(peer):
+@pytest.mark.parametrize("peer", [*channel.PEERS, "torch_channel, for its compiler"])
+def test_peers_draw_the_same_law(peer, monkeypatch):
+    peer, _, compiled = peer.partition(",")
     module = channel.peers()[peer]
     if module is None:
         pytest.skip(f"{peer} is not installed")
     symbols = np.ones((4000, 2, 3), np.complex64)
-    received = np.asarray(module.block_fading(symbols, 0.5)())
+    if compiled:
+        monkeypatch.setattr(module.torch, "compile", lambda link, dynamic: link)
+        received = np.asarray(module.block_fading(symbols, 0.5, compiled=True)()) @ np.array([1, 1j])
+    else:
+        received = np.asarray(module.block_fading(symbols, 0.5)())
     samples = np.abs(received) ** 2  # mean 1 + 0.5; the three symbols of a block share its gain
     within_standard_error(samples.mean(2), 1.5)
     within_standard_error((received[:, 0, 0] * received[:, 0, 1].conj()).real, 1)
-    if peer == "numpy_channel":
-        taps = module.tdl(4000, 5, 0.1, np.array([0.75, 0.25]), 20)()
-        gains = module.jakes(4000, 5, 0.1, 20)()
-        for process, power in ((taps[:, :, 0], 0.75), (taps[:, :, 1], 0.25), (gains, 1.0)):
+    if peer != "sionna_channel":
+        processes = [(np.asarray(module.jakes(4000, 5, 0.1, 20)()), 1.0)]
+        if peer == "numpy_channel":
+            taps = module.tdl(4000, 5, 0.1, np.array([0.75, 0.25]), 20)()
+            processes += [(taps[:, :, 0], 0.75), (taps[:, :, 1], 0.25)]
+        for process, power in processes:
             product = (process[:, 0] * process[:, 3].conj()).real / power
             within_standard_error(product, j0(2 * np.pi * 0.1 * 3))
 

@@ -29,7 +29,7 @@ def small_and_without_the_old_flax(monkeypatch, tmp_path):
     monkeypatch.setattr(flax_diffusers, "PYTHON", tmp_path / "none")
     configs = SimpleNamespace(unet=SMALL, vae=SimpleNamespace(downsample=8))
     monkeypatch.setattr(diffusion, "model_configs", lambda model, dtype: (configs, 5))
-    monkeypatch.setattr(diffusion, "SIDE", 256)
+    monkeypatch.setattr(diffusion, "matmul_side", lambda: 256)
 
 
 @pytest.mark.slow

@@ -82,10 +82,31 @@ def test_a_process_answers():
 @pytest.mark.slow
 def test_a_process_that_ends_is_left_out():
     def start(environ):
-        return lines.Served([sys.executable, "-c", "raise SystemExit(3)"], {})
+        return lines.Served([sys.executable, "-c", "raise ValueError('no memory')"], {})
 
     samples, problems = image.measure({"broken": start}, 2)
-    assert samples == {} and "broken was not measured" in problems[0] and "ended with code 3" in problems[0]
+    assert samples == {} and "broken was not measured" in problems[0]
+    assert "ended with code 1: ValueError: no memory" in problems[0]
+
+
+def test_samples_of_one_process():
+    """The first call warms up; nothing is known of a start from the cache."""
+    seconds = iter([9.0, 3.0, 5.0])
+    sample = {"peak_bytes": 1, "temporary_bytes": 1}
+
+    class Served:
+        about = {"compile_s": 2.0, "temporary_bytes": 1}
+
+        def __call__(self):
+            return sample | {"seconds": next(seconds)}
+
+        def close(self):
+            pass
+
+    samples, _ = image.measure({image.MEGJAX: lambda environ: Served()}, 3, calls=2)
+    (row,) = image.rows_of(samples, "image", 1)
+    assert row["seconds"] == 4.0 and row["rounds"] == 2 and row["cached_s"] is None
+    assert printed(image, [row])[0][-1] == "-"
 
 
 class FakePipe:
@@ -182,6 +203,21 @@ def test_profiles_name_functions_of_the_library(forked):
     printed(profile, rows)
 
 
+def test_image_steps_a_second_on_an_h200():
+    """Sixteen guided images of 25 steps in 2 s, and calls of the U-Net in 15 ms for one guided image."""
+    row = {"case": "image of sd15", "implementation": "megjax", "peak_bytes": 1, "compilation_s": 1.0, "cached_s": None}
+    image = {"stage": "image", "rows": [row | {"batch": 16, "seconds": 2 / 16, "steps": 25}]}
+    row = {"case": "U-Net of sd15", "implementation": "megjax", "share_of_matmul": 0.2}
+    unet = {"stage": "diffusion", "rows": [row | {"batch": 2, "seconds": 0.015}]}
+    machine = {"device": "NVIDIA H200", "platform": "gpu"}
+    table = summary.table([image | machine, unet | machine])
+    one, sixteen = (line for line in table.splitlines() if "image-steps" in line)
+    assert "one guided image | 54.5 eager" in one and "| at 66.7 | 66, then 105 | yes | NVIDIA H200 |" in one
+    assert "16 guided images | 75, A100 | at 200.0 | 150, then 200 | yes, and 200 |" in sixteen
+    assert "from the cache" not in table
+    assert "image-steps" not in summary.table([image | machine | {"device": "another"}])
+
+
 def test_work_of_repeated_programs(tmp_path):
     """Three runs of a product."""
     x = jnp.ones((64, 64))
@@ -255,10 +291,10 @@ def test_without_a_figure_of_megjax_there_is_no_line():
 def test_images_of_several_batches(monkeypatch):
     asked = []
 
-    def measure(starts, rounds):
+    def measure(starts, rounds, calls):
         asked.append(starts[image.MEGJAX].args[0]["batch"])
-        sample = {"compile_s": 2.0, "seconds": 3.0, "peak_bytes": 1, "temporary_bytes": 1}
-        return {image.MEGJAX: [sample, {**sample, "compile_s": 1.0}]}, []
+        first = {"compile_s": 2.0, "temporary_bytes": 1}
+        return {image.MEGJAX: [first, {**first, "compile_s": 1.0, "seconds": 3.0, "peak_bytes": 1}]}, []
 
     monkeypatch.setattr(image, "measure", measure)
     rows, missing, _ = image.run("scenes", (1, 8), 2, 1, False)
