@@ -27,6 +27,8 @@ from megjax.tpu import TpuConfig
 
 GIB = 2**30
 STACK_BYTES = 4 * 2**20
+ACCOUNTING = 2
+"""Version of how operations and bytes are counted (`megjax.hlo`); results of another are made again."""
 HBM_SHARE = 0.97
 """Share of the HBM that a program may take: the rest is the runtime's."""
 
@@ -82,6 +84,7 @@ def identity(args: Arguments, config: TpuConfig, lowered: jax.stages.Lowered) ->
     return {
         "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
         "flags": list(config.xla_flags),
+        "accounting": ACCOUNTING,
         "effort": args.effort,
         "jax": jax.__version__,
         "libtpu": metadata.version("libtpu"),

@@ -146,7 +146,7 @@ class Jobs:
                 guidance_scale=self.guidance_scale,
                 initial_noise=noise,
             )
-            return generation.decode(graphs, params, latents)
+            return generation.decode(graphs, params, latents, self._images("decode"))
 
         whole, split = PartitionSpec(), PartitionSpec(_SPLIT)
         specs = (whole, whole, split, split, split)
@@ -195,7 +195,7 @@ class Jobs:
             scheme, fading = LearnedScheme(graph, state), RayleighFading()
             size = {"num_symbols": num_symbols, "num_blocks": NUM_BLOCKS}
             received, block_snr = simulate(scheme, keys, latents, snr_db, fading, **size)
-            return generation.decode(graphs, params, received), block_snr
+            return generation.decode(graphs, params, received, self._images("decode")), block_snr
 
         whole, split = PartitionSpec(), PartitionSpec(_SPLIT)
         specs = (whole, whole, split, split, whole)
@@ -284,7 +284,11 @@ class Jobs:
 
     def _count(self, job: str) -> int:
         """Images of one call over all devices."""
-        return max(1, int(getattr(self.config.batch, job) * self.more)) * self.mesh.size
+        return self._images(job) * self.mesh.size
+
+    def _images(self, job: str) -> int:
+        """Images of a device that the file's batch stands for."""
+        return max(1, int(getattr(self.config.batch, job) * self.more))
 
     def _key(self) -> jax.ShapeDtypeStruct:
         return shapes_of(jax.eval_shape(lambda: jax.random.key(0)), self.everywhere)

@@ -16,13 +16,15 @@ without one, from shapes alone, and XLA's analysis of the compiled program was r
 - Memory is per device, as the compiler lays it out; the last column is what share of the HBM it takes.
 - Operations and bytes are per device and call. XLA counts the body of a loop once; the other passes are added from the
   text of the compiled program. XLA's bytes include those that stay in on-chip memory, so the memory bound is high for
-  small programs.
+  small programs. Attention's kernels count with the operations that they state, or with their matrix products, and with
+  their operands and results once.
 - "Sent" is what a device sends in ring collectives.
 - The time is the largest of operations, bytes and bytes sent over the chip's public peaks: **a bound that nothing
   beats, not a prediction**.
 - Compiled with XLA's least effort for fast programs (`--effort -1`), which takes a fraction of the time; what XLA's own
   effort makes of the same jobs, where that was tried, has a table of its own.
-- Batches are those of the files in [tpu_configs](../tpu_configs/README.md); `generate` makes 512x512 images (64x64 with
+- Batches are those of the files in [tpu_configs](../tpu_configs/README.md), and so is the number of images that are
+  decoded at once; `generate` makes 512x512 images (64x64 with
   the bundled model, as many more; 768x768 with Stable Diffusion 2.1, a quarter as many) in 25 guided steps from token
   ids to pixels, `ldm`, `codec` and `power` are one training step, `sweep` takes latents through codec, Rayleigh fading
   and decoders at a rate of 4.

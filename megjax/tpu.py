@@ -41,9 +41,11 @@ GENERATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """Per device: images generated, latents sent in a sweep, groups of latents, agents, and training images."""
+    """Per device: images generated and images decoded at once, latents sent in a sweep, groups of latents, agents, and
+    training images."""
 
     generate: int = 1
+    decode: int = 8
     sweep: int = 1
     codec: int = 1
     power: int = 1

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -38,6 +39,12 @@ def pytest_configure(config):
     jax.config.update("jax_numpy_rank_promotion", "raise")
     if hasattr(jax.config, "jax_debug_key_reuse"):  # experimental: not promised by every JAX
         jax.config.update("jax_debug_key_reuse", True)
+
+
+def pytest_unconfigure():
+    # A test process that takes longer than ten seconds to end is killed, and coverage would be written last of all.
+    if "coverage" in sys.modules and (measured := sys.modules["coverage"].Coverage.current()) is not None:
+        measured.save()
 
 
 def pytest_collection_modifyitems(items):
