@@ -202,11 +202,17 @@ def nominal_flops(fn: Callable, *args: PyTree) -> float:
 
     The number does not depend on the machine: compiled for a CPU, some convolutions of megjax multiply less often, and
     XLA does not see into the kernels of other devices. The body of a loop counts once. ValueError if XLA cannot analyse
-    the program.
+    the program, or if JAX was told to leave out its CPU backend, which does.
     """
     jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
-    # For a platform on which no layer has a way of its own.
-    counts = jitted.trace(*args).lower(lowering_platforms=("rocm",)).cost_analysis()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        raise ValueError("operations are counted by JAX's CPU backend; add cpu to JAX_PLATFORMS") from None
+    with jax.default_device(cpu):  # plugins for other devices have no analysis of programs that are not compiled
+        # Layers have kernels of their own for CPUs, TPUs and CUDA, but none for this platform.
+        counts = jitted.trace(*shapes).lower(lowering_platforms=("rocm",)).cost_analysis()
     if not counts:
         raise ValueError("the backend has no cost analysis")
     return float(counts.get("flops", 0.0))

@@ -171,10 +171,8 @@ def find_libtpu() -> None:
 
     Raises ValueError if libtpu is neither there nor installed.
     """
-    apart = Path(sys.prefix) / "libtpu"
+    apart = str(Path(sys.prefix) / "libtpu")
+    if importlib.util.find_spec("libtpu") is None and apart not in sys.path:
+        sys.path.append(apart)
     if importlib.util.find_spec("libtpu") is None:
-        if not apart.is_dir():
-            raise ValueError(
-                "libtpu, which compiles for TPUs, is not installed; `make tpu` or pip install 'megjax[tpu]'"
-            )
-        sys.path.append(str(apart))
+        raise ValueError("libtpu, which compiles for TPUs, is not installed; `make tpu` or pip install 'megjax[tpu]'")

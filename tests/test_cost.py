@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.interpreters import pxla
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from megjax.cost import CHIPS, Chip, Collective, Cost, Memory, cost_of, find_chip, nominal_flops, roofline, shapes_of
@@ -37,6 +38,22 @@ def test_nominal_operations_are_those_of_the_layers_on_every_machine():
     nominal = nominal_flops(layer, *arguments)
     assert nominal == pytest.approx(2 * 2 * taps * 128 * 64, rel=1e-2)
     assert cost_of(layer, *arguments).flops < 0.6 * nominal
+
+
+def test_nominal_operations_are_counted_by_the_cpu_backend(monkeypatch):
+    """Plugins, as for GPUs and TPUs, have no analysis of a program that is not compiled."""
+    used, analyse = [], pxla.MeshComputation.cost_analysis
+    counted = lambda self: used.append(self.compile_args["backend"].platform) or analyse(self)  # noqa: E731
+    monkeypatch.setattr(pxla.MeshComputation, "cost_analysis", counted)
+    assert nominal_flops(lambda a, b: a @ b, matrix(64, 128), matrix(128, 32)) == 2 * 64 * 128 * 32
+    assert used == ["cpu"]
+
+    def without(backend):
+        raise RuntimeError("Unknown backend cpu")
+
+    monkeypatch.setattr(jax, "local_devices", without)
+    with pytest.raises(ValueError, match="add cpu to JAX_PLATFORMS"):
+        nominal_flops(lambda a: a, matrix(2, 2))
 
 
 def test_a_loop_body_counts_once_and_composition_multiplies():

@@ -85,6 +85,7 @@ def test_libtpu_is_found_where_make_puts_it(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="libtpu, .* is not installed; `make tpu`"):
         find_libtpu()
     (tmp_path / "libtpu" / "libtpu").mkdir(parents=True)
+    importlib.invalidate_caches()
     find_libtpu()
     assert importlib.util.find_spec("libtpu").submodule_search_locations[0].startswith(str(tmp_path))
 

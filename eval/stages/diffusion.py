@@ -66,10 +66,10 @@ def run(
         if old is not None:
             contenders.append(Contender(f"Flax of {old.about['versions'].split(',')[0]}", old))
         notes += [note] if note and note not in notes else []
+        work = side, call.nominal_flops  # before what takes minutes, which an error would lose
         timings = measure(contenders, rounds, f"U-Net, batch {batch}")
         if old is not None:
             old.close()
-        work = side, call.nominal_flops
         made = rows_of(timings, f"U-Net of {model}, {pixels}x{pixels} pixels", batch, work, rounds)
         rows += [row | {"peak_bytes": peaks.get(row["implementation"], lambda: None)()} for row in made]
         if ours and jax.default_backend() == "cpu":  # XLA does not count what libraries of a GPU do

@@ -11,8 +11,7 @@ from flax import nnx
 
 from eval.measure import Contender, measure
 from megjax.cost import nominal_flops
-from megjax.diffusion import layers
-from megjax.diffusion.attention import attend
+from megjax.diffusion import attention, layers
 from megjax.diffusion.winograd import winograd
 
 CONVOLUTIONS = ((320, 64), (640, 32), (1280, 16), (1280, 8))
@@ -138,7 +137,7 @@ def cases(
         ways = {FIRST: whole, **({"in parts, without the maximum": no_maximum} if on_cpu else {})}
         if jax.default_backend() == "gpu":
             ways["cuDNN"] = partial(whole, implementation="cudnn")
-        taken = partial(attend, num_heads=heads)
+        taken = partial(attention.attend, num_heads=heads)
         yield Case(f"attention over {tokens:,} tokens, {heads} heads of {size}", args, ways, taken)
 
 
@@ -189,7 +188,7 @@ def attend_without_maximum(query: jax.Array, key: jax.Array, value: jax.Array) -
     """Attention [b n h d] head by head in parts, as megjax does on a CPU, but with a softmax that may overflow."""
     batch, tokens, heads, size = query.shape
     of_heads = [x.transpose(0, 2, 1, 3).reshape(batch * heads, tokens, size) for x in (query, key, value)]
-    part = max(1, min(tokens, layers._LOGITS_OF_A_PART // tokens))
+    part = max(1, min(tokens, attention._LOGITS_OF_A_PART // tokens))
 
     def one_head(of_head):
         query, key, value = of_head

@@ -1,6 +1,6 @@
 """Multi-head attention, computed by whichever kernel a platform, a type and a shape have.
 
-- TPU, half precision, many tokens: the flash kernel of JAX (T. Dao, "FlashAttention-2", 2023), in Pallas.
+- TPU, bfloat16, many tokens: the flash kernel of JAX (T. Dao, "FlashAttention-2", 2023), in Pallas.
 - GPU, half precision: cuDNN's fused attention.
 - CPU, many tokens: heads one by one and queries in parts, which stay in the caches.
 - Everything else: XLA's own, queries in parts where float32 logits would not fit.
@@ -45,46 +45,57 @@ def attend(
 ) -> Float[Array, "b q d"]:
     """Multi-head scaled dot-product attention (Vaswani et al. 2017, eq. 1), softmax in float32.
 
-    `upcast` asks for logits of float32 queries and keys, as checkpoints with `upcast_attention` do. The flash kernel's
-    are just that without a conversion: products of half-precision numbers are exact in float32, which it adds in.
+    `upcast` asks for logits of float32 queries and keys, as checkpoints with `upcast_attention` do. The flash kernel
+    needs no conversion for that: products of bfloat16 numbers are exact in float32, and it adds them in float32.
     """
     dtype = value.dtype
     query, key, value = (x.reshape(*x.shape[:2], num_heads, -1) for x in (query, key, value))
 
-    def exact(way):
-        return lambda *of: way(*(x.astype(jnp.float32) if upcast else x for x in of)).astype(dtype)
+    def upcasting(kernel):
+        return lambda *heads: kernel(*(x.astype(jnp.float32) if upcast else x for x in heads)).astype(dtype)
 
+    whole = upcasting(_attend_whole)
     if mask is not None:
-        out = exact(partial(jax.nn.dot_product_attention, mask=mask[None, None]))(query, key, value)
+        out = upcasting(partial(jax.nn.dot_product_attention, mask=mask[None, None]))(query, key, value)
     else:
-        ways = {}
+        kernels = {}
         if query.shape[1] * key.shape[1] >= MANY_LOGITS:
-            ways["cpu"] = exact(_attend_in_parts)
-        if _flash_pays(query, key):
-            with contextlib.suppress(ValueError):
-                jax.eval_shape(_attend_flash, query, key, value)
-                ways["tpu"] = _attend_flash
-        whole = exact(_attend_whole)
-        out = jax.lax.platform_dependent(query, key, value, **ways, default=whole) if ways else whole(query, key, value)
+            kernels["cpu"] = upcasting(_attend_in_parts)
+        if _can_flash(query, key, value):
+            kernels["tpu"] = _attend_flash
+        choose = partial(jax.lax.platform_dependent, **kernels, default=whole) if kernels else whole
+        out = choose(query, key, value)
     return out.reshape(*out.shape[:2], -1)
 
 
-def _flash_pays(query, key) -> bool:
-    """Whether a TPU has the kernel: how the devices of a program share its arrays must be known while it is traced."""
+def _can_flash(query, key, value) -> bool:
+    """Whether a TPU runs the flash kernel on these heads, and it is known how devices share them.
+
+    They are one device's own without a mesh on one device and inside `jax.shard_map`, and shared by the rules of
+    `megjax.sharding` under `jax.set_mesh`. A program for several devices that is compiled ahead of time needs one of
+    the two.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    split = {name for name in mesh.auto_axes if mesh.shape[name] > 1}
-    known = not mesh.explicit_axes and split <= {*RULES["batch"], *RULES["heads"]} and not (split and mesh.manual_axes)
+    shared = {name for name in mesh.auto_axes if mesh.shape[name] > 1}
+    known = (
+        shared <= {*RULES["batch"], *RULES["heads"]} and not (shared and mesh.manual_axes) and not mesh.explicit_axes
+    )
     if mesh.empty and jax.device_count() > 1:
         known = False
     large = min(query.shape[1], key.shape[1]) >= FLASH_TOKENS and query.size > 0
-    return query.dtype.itemsize == 2 and large and known
+    if not (known and large and query.dtype == jnp.bfloat16):
+        return False
+    if mesh.manual_axes:
+        # With `check_vma` a shard_map refuses the kernel, which does not say over which axes its result varies.
+        with contextlib.suppress(ValueError):
+            jax.eval_shape(_flash, query, key, value)
+            return True
+        return False
+    return True
 
 
 def _attend_flash(query, key, value):
-    """`jax.nn.dot_product_attention` by the Pallas kernel, which every device runs on its own images and heads.
-
-    Raises ValueError inside a `jax.shard_map` with `check_vma`: the kernel does not say how its result varies.
-    """
+    """`jax.nn.dot_product_attention` by the Pallas kernel, which every device runs on its own images and heads."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return _flash(query, key, value)
@@ -129,7 +140,7 @@ def _block(tokens: int, limit: int) -> int:
 
 def _attend_whole(query, key, value):
     if jax.default_backend() == "gpu" and query.dtype.itemsize == 2:
-        # Which shapes and GPUs cuDNN knows only it can tell.
+        # cuDNN raises for shapes and GPUs that it does not know.
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
             fused = partial(jax.nn.dot_product_attention, implementation="cudnn")
             # Whatever the backend, the layers can be lowered for another platform, as to count their operations.

@@ -54,11 +54,12 @@ def program_for_tpu(function, *args):
         (1024, 1024, jnp.bfloat16, {}, 1),
         (1024, 1024, jnp.bfloat16, {"upcast": True}, 1),
         (1024, 1024, jnp.float32, {}, 0),
+        (1024, 1024, jnp.float16, {}, 0),
         (1024, 77, jnp.bfloat16, {}, 0),
         (256, 256, jnp.bfloat16, {}, 0),
     ],
 )
-def test_a_tpu_has_the_flash_kernel_for_many_tokens_in_half_precision(queries, keys, dtype, options, kernels):
+def test_a_tpu_has_the_flash_kernel_for_many_tokens_in_bfloat16(queries, keys, dtype, options, kernels):
     query, key = (jax.ShapeDtypeStruct((2, tokens, 80), dtype) for tokens in (queries, keys))
     attend = partial(attention.attend, num_heads=2, **options)
     assert program_for_tpu(attend, query, key, key).count("@tpu_custom_call") == kernels

@@ -88,7 +88,7 @@ def test_one_and_two_devices_agree_and_resume_each_other(processes, tmp_path):
 
 
 def split_parameters():
-    """Loss, gradients and data seen by a device, with parameters whole on every device and split over four."""
+    """Loss, gradients and data seen by a device: parameters whole everywhere, split over four devices, and on one."""
 
     def loss_fn(params, data, key):
         x = data[jax.random.randint(key, (4,), 0, len(data))]
@@ -107,9 +107,13 @@ def split_parameters():
     )
     (a, _), grads = plain(params, data, key)
     (b, _), sharded = split(placed, data, key)
-    np.testing.assert_allclose(a, b, rtol=1e-6)
+    draws = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(8))
+    on_one = jax.vmap(jax.value_and_grad(lambda *args: loss_fn(*args)[0]), (None, None, 0))(params, data, draws)
+    c, expected = jax.tree.map(lambda x: x.mean(0), on_one)
+    np.testing.assert_allclose([a, b], c, rtol=1e-5)
     for name in params:
-        np.testing.assert_allclose(grads[name], sharded[name], rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(grads[name], expected[name], rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(sharded[name], expected[name], rtol=1e-5, atol=1e-7)
     assert "fsdp" in sharded["w"].sharding.spec
     own = jax.jit(data_parallel(loss_fn, 8, mesh, data_specs=PartitionSpec(("data", "fsdp"))))
     assert float(own(params, data, key)[1]["size"]) == 5.0
