@@ -1,6 +1,7 @@
 """Comparisons that many tests make."""
 
 import contextlib
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+import pytest
 import scipy.stats
 from jax._src import compiler
 
@@ -17,6 +19,12 @@ STANDARD_ERRORS = 4.0
 SMALLEST_P_VALUE = 1e-4
 NUM_DISTRIBUTION = 2**16
 """Samples of a Kolmogorov-Smirnov test: they show a distribution function that is off by 0.009 anywhere."""
+
+
+def needs_libtpu(test):
+    """Mark a test that compiles for TPUs, which takes long and libtpu."""
+    missing = importlib.util.find_spec("libtpu") is None
+    return pytest.mark.slow(pytest.mark.skipif(missing, reason="libtpu is not installed: make tpu")(test))
 
 
 def within_standard_error(samples, expected, axis=None, rounding=0.0):

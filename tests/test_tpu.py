@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megjax.tpu import TpuConfig, find_libtpu
+from tests.checks import needs_libtpu
 
 FOLDER = Path(__file__).parent.parent / "tpu_configs"
 FILES = sorted(FOLDER.glob("*.json"))
@@ -16,11 +17,6 @@ TOPOLOGIES = {
     *("v4:2x2x1", "v4:2x2x4", "v5e:2x2", "v5e:2x4", "v5e:8x8", "v5e:16x16"),
     *("v5p:2x2x1", "v5p:4x4x2", "v6e:2x4", "v6e:16x16", "tpu7x:2x2x1"),
 }
-without_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-
-
-def needs_libtpu(test):
-    return pytest.mark.slow(without_libtpu(test))
 
 
 def values(**changes):

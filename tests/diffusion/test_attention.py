@@ -1,6 +1,7 @@
 """Attention by every kernel gives what the formula gives, in values and gradients, and each platform has its own."""
 
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,17 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.pallas.tpu import force_tpu_interpret_mode
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from megjax import hlo
 from megjax.diffusion import attention
 from megjax.sharding import AXES
-from tests.checks import arrays, both, value_and_gradients
+from megjax.tpu import TpuConfig
+from tests.checks import arrays, both, needs_libtpu, value_and_gradients
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
+FOLDER = Path(__file__).parents[2] / "tpu_configs"
 
 
 def slow(*values):
@@ -68,6 +72,25 @@ def test_a_tpu_has_the_flash_kernel_for_many_tokens_in_bfloat16(queries, keys, d
         return attend(*args).astype(jnp.float32).sum()
 
     assert program_for_tpu(jax.grad(loss, (0, 1, 2)), query, key, key).count("@tpu_custom_call") == 3 * kernels
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "heads", "size"),
+    [("v5e-4", 4, 40), *((name, 1, 512) for name in ("v4-4", "v5e-4", "v5p-4", "v6e-8", "tpu7x-4"))],
+)
+def test_every_tpu_compiles_the_kernel_and_its_gradient(name, heads, size):
+    """In a small part of the memory that logits would take."""
+    device = SingleDeviceSharding(TpuConfig.from_file(FOLDER / f"{name}.json").devices()[0])
+    x = jax.ShapeDtypeStruct((1, 2048, heads * size), jnp.bfloat16, sharding=device)
+
+    def loss(*args):
+        return attention.attend(*args, num_heads=heads).astype(jnp.float32).sum()
+
+    quick = {"exec_time_optimization_effort": -1.0}
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile(compiler_options=quick)
+    assert hlo.Module(compiled.as_text()).work(repeat=True).unseen == 7 * 2 * heads * 2048**2 * size
+    assert compiled.memory_analysis().temp_size_in_bytes < heads * 2048**2 * 4
 
 
 def attend_to_itself(x):

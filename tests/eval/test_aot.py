@@ -1,6 +1,5 @@
 """Ahead-of-time compilation for TPU topologies: sizes of the published models, programs, results and tables."""
 
-import importlib.util
 import math
 from pathlib import Path
 
@@ -19,13 +18,9 @@ from megjax.diffusion.unet import UNet2DConditionModel
 from megjax.diffusion.vae import AutoencoderKL
 from megjax.sharding import AXES
 from megjax.tpu import TpuConfig
+from tests.checks import needs_libtpu
 
 FOLDER = Path(__file__).parents[2] / "tpu_configs"
-without_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-
-
-def needs_libtpu(test):
-    return pytest.mark.slow(without_libtpu(test))
 
 
 def num_parameters(build, config):
