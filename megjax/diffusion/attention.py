@@ -28,9 +28,9 @@ FLASH_TOKENS = 1024
 """Fewest queries and keys for which a TPU's flash kernel beats logits in memory."""
 _LANES = 128
 _FLASH_QUERIES, _FLASH_KEYS = 1024, 512
-"""Longest blocks of the flash kernel and its gradient that the on-chip memory of every TPU generation holds.
+"""Blocks of the flash kernel and its gradient that fit the on-chip memory of every TPU generation.
 
-Longer blocks of queries read keys and values less often. Heads of more than 128 numbers take blocks of `_FLASH_KEYS`.
+Longer blocks of queries read keys and values less often; for heads of more than 128 numbers they are `_FLASH_KEYS`.
 """
 
 
