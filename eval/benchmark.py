@@ -151,7 +151,7 @@ def stages(
     sizes = args.images, args.realisations, args.receptions
     few, which = (args.rounds, args.peers), (args.torch_compile, args.ours)
     return {
-        "channel": lambda: (*channel.run(args.batches, *few, args.gaussians), []),
+        "channel": lambda: channel.run(args.batches, *few, args.gaussians),
         "codec": lambda: codec.run(args.preset, args.steps, *few, *which),
         "power": lambda: power.run(args.batches, args.envs, args.gap_updates, *few),
         "layers": lambda: layer_choices.run(2, args.rounds),
