@@ -66,8 +66,8 @@ is what megjax's program holds by XLA's account, and what PyTorch allocates on a
 Stage `image` makes a whole image from token ids, with text encoder and image decoder, each sample in a process of its
 own; with `--image-calls`, as in `eval.gpu`, each implementation keeps one process, and these are called in turn. Peak
 memory, weights included, is the largest that a process held during the call. On a GPU it is what was allocated there:
-by megjax from the start of its process, compilation included, by PyTorch after its first image. Compilation of megjax
-and of the old Flax is of the whole program, that of PyTorch its first image, of one step.
+by megjax and the old Flax from the start of the process, compilation included, by PyTorch after its first image.
+Compilation of megjax and of the old Flax is of the whole program, that of PyTorch its first image, of one step.
 
 Stage `layers` times the ways to compute the costly layers of Stable Diffusion 1.5, `guidance` what guidance in an
 interval of the steps costs and gains, `scaling` how the cost of an image grows, `startup` what a new process takes to
