@@ -103,7 +103,8 @@ benchmark: .venv/run.stamp
 gpu: .venv/run.stamp
 	$(BIN)/python -m eval.gpu $(if $(QUICK),--quick --output outputs/quick/gpu)
 
-# For a machine without network that has JAX, Flax, PyTorch and transformers: the packages that it may lack, in wheels/.
+# For a machine without network that has PyTorch and everything in pyproject.toml but these packages, which go to wheels/
+# without what they need.
 OFFLINE := clu diffusers docstring_parser Farama-Notifications gymnasium importlib_metadata importlib_resources \
   lazy-importer ml_collections sionna-no-rt stable_baselines3 tensorboardX typeguard tyro
 wheels: | .venv/bin/python

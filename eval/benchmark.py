@@ -36,8 +36,12 @@ HEADER = """# Benchmarks
 
 Made by `python -m eval.benchmark tables` from the JSON files under `benchmarks/`, which commands such as `python -m
 eval.benchmark channel` write. Rates are medians over interleaved rounds with quartiles in brackets; the first call
-includes tracing and compilation. On a GPU float32 networks, PyTorch's too, multiply in TF32. `python -m eval.gpu`
-measures these stages in parts; "again" marks what was measured a second time beside what a later part is about.
+includes tracing and compilation. `python -m eval.gpu` measures these stages in parts; "again" marks what was measured a
+second time beside what a later part is about.
+
+On a GPU float32 networks, PyTorch's too, multiply in TF32. PyTorch's setting holds for all of a process, so that
+products in its links of stages `codec` and `system` may be rounded as well; megjax's are exact there, and in stage
+`channel` those of both are.
 
 In stage `channel`, bytes written are those of the output, and `copy` is what copying an array of its size reaches in
 the same run. Peers do the same job on the same law, but for TDL: Sionna draws the angles of arrival of each tap anew
@@ -60,8 +64,10 @@ convolutions make fewer, so that it can pass `matmul`, a product of square matri
 is what megjax's program holds by XLA's account, and what PyTorch allocates on a GPU, weights included.
 
 Stage `image` makes a whole image from token ids, with text encoder and image decoder, each sample in a process of its
-own; peak memory is the largest that the process held during the call, weights included (on a GPU: what was allocated on
-it). Compilation of megjax and of the old Flax is of the whole program, that of PyTorch its first image, of one step.
+own; with `--image-calls`, as in `eval.gpu`, each implementation keeps one process, and these are called in turn. Peak
+memory, weights included, is the largest that a process held during the call. On a GPU it is what was allocated there:
+by megjax and the old Flax from the start of the process, compilation included, by PyTorch after its first image.
+Compilation of megjax and of the old Flax is of the whole program, that of PyTorch its first image, of one step.
 
 Stage `layers` times the ways to compute the costly layers of Stable Diffusion 1.5, `guidance` what guidance in an
 interval of the steps costs and gains, `scaling` how the cost of an image grows, `startup` what a new process takes to
@@ -151,7 +157,7 @@ def stages(
     sizes = args.images, args.realisations, args.receptions
     few, which = (args.rounds, args.peers), (args.torch_compile, args.ours)
     return {
-        "channel": lambda: (*channel.run(args.batches, *few, args.gaussians), []),
+        "channel": lambda: channel.run(args.batches, *few, args.gaussians),
         "codec": lambda: codec.run(args.preset, args.steps, *few, *which),
         "power": lambda: power.run(args.batches, args.envs, args.gap_updates, *few),
         "layers": lambda: layer_choices.run(2, args.rounds),

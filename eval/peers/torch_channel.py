@@ -17,7 +17,7 @@ def block_fading(symbols: np.ndarray, noise_var: float, compiled: bool = False) 
 
     Compiled, real and imaginary parts are apart, as Inductor has no kernels for complex numbers: [b t k 2].
     """
-    device = prepare_torch() or "cpu"
+    device = _exact_device()
     sent = torch.from_numpy(symbols).to(device)
 
     def link() -> Tensor:
@@ -37,7 +37,7 @@ def block_fading(symbols: np.ndarray, noise_var: float, compiled: bool = False) 
 
 def jakes(batch: int, num_blocks: int, doppler: float, num_paths: int) -> Callable[[], Tensor]:
     """A call that draws Clarke/Jakes gains [b t]: the law of `megjax.channel.JakesFading`, an angle in each sector."""
-    device = prepare_torch() or "cpu"
+    device = _exact_device()
     turns = 2 * math.pi * doppler * torch.arange(num_blocks, device=device)
     sectors = torch.arange(num_paths, device=device)
 
@@ -48,6 +48,15 @@ def jakes(batch: int, num_blocks: int, doppler: float, num_paths: int) -> Callab
         return (paths @ torch.polar(torch.ones_like(phases), phases))[:, 0] / math.sqrt(num_paths)
 
     return _waiting(draw, device)
+
+
+def _exact_device() -> str:
+    """PyTorch's device, on which it multiplies float32 in float32 from now on; RuntimeError where it has none."""
+    device = prepare_torch()
+    if device is None:
+        raise RuntimeError("PyTorch cannot use this device")
+    torch.set_float32_matmul_precision("highest")
+    return device
 
 
 def _waiting(make: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:

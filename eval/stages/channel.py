@@ -2,14 +2,15 @@
 
 import importlib
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.measure import Contender, measure
-from eval.stages.codec import COMPILED, compiler_problem
+from eval.measure import Contender, measure, prepare_torch
+from eval.stages.codec import COMPILED, NO_DEVICE, compiler_problem
 from megjax.channel import TDL, JakesFading, RayleighFading, transmit
 from megjax.channel.random import complex_normal, fold_in_each
 
@@ -36,10 +37,13 @@ def peers() -> dict[str, Any]:
 
 def run(
     batches: tuple[int, ...], rounds: int, with_peers: bool, with_gaussians: bool = True
-) -> tuple[list[dict], list[str]]:
-    """Rows of the benchmark file, and the peers that are missing."""
+) -> tuple[list[dict], list[str], list[str]]:
+    """Rows of the benchmark file, the peers that are missing, and notes."""
     installed = peers() if with_peers else dict.fromkeys(PEERS)
-    rows = []
+    missing = [name for name, module in installed.items() if module is None and with_peers]
+    rows, notes = [], []
+    if installed.get("torch_channel"):
+        installed["torch_channel"], notes = usable_torch(installed["torch_channel"])
     for case, batch, written, contenders in cases(batches, installed, with_gaussians):
         title = f"{case}, batch {batch}"
         timings = measure(contenders, rounds, title)
@@ -58,7 +62,22 @@ def run(
                     "rounds": rounds,
                 }
             )
-    return rows, [name for name, module in installed.items() if module is None and with_peers]
+    return rows, missing, notes
+
+
+def usable_torch(module: ModuleType) -> tuple[ModuleType | None, list[str]]:
+    """The peer in PyTorch, None where it cannot use JAX's device, and notes on what is left out."""
+    if prepare_torch() is None:
+        return None, [NO_DEVICE]
+    problem = compile_problem()
+    return module, [f"torch.compile was not measured: {problem}."] if problem else []
+
+
+def compile_problem() -> str | None:
+    """Why this stage leaves out torch.compile, if it does."""
+    if jax.default_backend() != "gpu":
+        return "this stage compiles on a GPU only"
+    return compiler_problem(on_cpu=False)
 
 
 def cases(
@@ -87,7 +106,7 @@ def block_fading(batch: int, installed: dict[str, Any]) -> tuple[str, int, int, 
     for peer in filter(None, installed.values()):
         contenders.append(Contender(peer.NAME, peer.block_fading(symbols, NOISE_VAR)))
     peer = installed.get("torch_channel")
-    if peer and jax.default_backend() == "gpu" and compiler_problem(on_cpu=False) is None:
+    if peer and compile_problem() is None:
         contenders.append(Contender(COMPILED, peer.block_fading(symbols, NOISE_VAR, compiled=True)))
     return f"Rayleigh, {NUM_BLOCKS} blocks x {BLOCK_SYMBOLS} symbols, noise", batch, symbols.nbytes, contenders
 

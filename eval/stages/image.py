@@ -1,8 +1,9 @@
 """Benchmark of a whole image, from token ids to pixels in guided steps, next to diffusers in PyTorch and old Flax."""
 
+import contextlib
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -45,8 +46,9 @@ def run(
     """Rows of the benchmark file, the peers that are missing, and notes; `batches` are images at a time.
 
     Every sample is a call in a new process, one after the other, so that its memory can be seen and that several copies
-    of the weights need not fit side by side; with `calls`, so many calls of one process. Weights are random. Numbers
-    are float32 on a CPU and bfloat16 elsewhere. Without `ours`, only peers are measured.
+    of the weights need not fit side by side. With `calls`, every implementation keeps one process, and all are called
+    in turn so many times. Weights are random. Numbers are float32 on a CPU and bfloat16 elsewhere. Without `ours`, only
+    peers are measured.
     """
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.float32 if on_cpu else jnp.bfloat16
@@ -86,23 +88,39 @@ def measure(
     """Samples of every implementation, A B C A B C ..., each with what its process said of itself; and problems.
 
     Compiled programs are kept from one process to the next; a first process of each only starts, to compile. With
-    `calls` there is no other: it is called once, and then for so many samples.
+    `calls`, each has one process, which is called once to warm up and then for so many samples.
     """
     samples, problems = {name: [] for name in starts}, []
-    processes = 1 if calls else rounds + 1
-    with tempfile.TemporaryDirectory() as cache, tqdm(total=len(starts) * processes, leave=False) as bar:
+
+    @contextlib.contextmanager
+    def left_out_if_it_fails(name: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            problems.append(f"{name} was not measured: {error}.")
+            del samples[name]
+
+    total = len(starts) * (calls or rounds + 1)
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        contextlib.ExitStack() as kept,
+        tqdm(total=total, leave=False) as bar,
+    ):
         environ = {"JAX_COMPILATION_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": f"{cache}/torch"}
-        for i in range(processes):
+        served = {}
+        for name in starts if calls else ():
+            with left_out_if_it_fails(name):
+                served[name] = starts[name](environ=environ)
+                kept.callback(served[name].close)
+                served[name]()
+        for i in range(calls or rounds + 1):
             for name in list(samples):
                 bar.set_description(name)
-                try:
-                    served = starts[name](environ=environ)
-                    found = [served() for _ in range(calls + 1 if calls else min(i, 1))]
-                    samples[name] += [{**served.about, **one} for one in found[bool(calls) :] or [{}]]
-                    served.close()
-                except RuntimeError as error:
-                    problems.append(f"{name} was not measured: {error}.")
-                    del samples[name]
+                with left_out_if_it_fails(name):
+                    one = served[name] if calls else starts[name](environ=environ)
+                    samples[name].append({**one.about, **(one() if calls or i else {})})
+                    if not calls:
+                        one.close()
                 bar.update()
     return samples, problems
 

@@ -8,6 +8,8 @@ COLUMNS = ("stage", "measured", "beside", "megjax is", "aim", "reached", "device
 SIONNA, NUMPY = "Sionna", "NumPy, a thread a core"
 LOOP = "megjax, a loop over receptions"
 FLAX = "Flax of diffusers"
+AGAIN = ", again"
+"""End of the name of what a later part of `eval.gpu` measured a second time; such rows are not compared."""
 PUREJAXRL, SB3 = "PureJaxRL-style loop", "stable-baselines3"
 RATES = {
     "channel": (
@@ -74,7 +76,7 @@ def _of_batch(stage: str, rows: list[dict], measured: tuple, mark: str, result: 
     ours = next(row for row in rows if row["implementation"] == "megjax")
     lines = []
     for peer in peers:
-        for row in (row for row in rows if row["implementation"].startswith(peer)):
+        for row in (row for row in rows if is_of(row["implementation"], peer)):
             ratio = ours[column] / row[column]
             ratio = 1 / ratio if column == "seconds" else ratio
             aim = aims.get(peer)
@@ -88,6 +90,11 @@ def _of_batch(stage: str, rows: list[dict], measured: tuple, mark: str, result: 
         lines.append(line)
     lines += _of_steps(stage, ours, device) if stage in ON_GPU and "H200" in device else []
     return lines + (_of_image(rows, ours, mark, (device, platform)) if stage == "image" else [])
+
+
+def is_of(name: str, peer: str) -> bool:
+    """Whether a row's name is that of a peer, whatever version or mode it goes on with."""
+    return name.startswith(peer) and not name.endswith(AGAIN)
 
 
 def _of_steps(stage: str, ours: dict, device: str) -> list[tuple[str, ...]]:

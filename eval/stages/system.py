@@ -15,6 +15,7 @@ from megjax.diffusion.pipeline import StableDiffusion
 from megjax.system import Simulator, make_simulator
 
 PEER = "torch_system"
+LOOP = "megjax, a loop over receptions"
 SNR_DB, RATE, STEPS = 0.0, 4.0, 25
 COLUMNS = ["implementation", "images/s", "ms an image", "of eager PyTorch", "first call (s)"]
 
@@ -34,20 +35,18 @@ def run(
     torch.compile; without `ours`, only peers are measured.
     """
     pipe, codec = StableDiffusion.from_pretrained("scenes"), SeedCodec.from_pretrained("scenes")
-    simulator = make_simulator(pipe, codec, "seed", rate=RATE, num_steps=STEPS)
     latents = np.asarray(codec.validation[:images], np.float32)
-    whole, notes = Parts(simulator, latents, realisations, batch), []
-    contenders = [
-        Contender("megjax", whole.received),
-        Contender("megjax, a loop over receptions", whole.loop),
-    ][: 2 * ours]
+    contenders, loops, notes = [], {}, []
+    if ours:
+        whole = Parts(make_simulator(pipe, codec, "seed", rate=RATE, num_steps=STEPS), latents, realisations, batch)
+        contenders = [Contender("megjax", whole.received), Contender(LOOP, whole.loop)]
+        loops = {LOOP: whole.looped}
     peer_module = peer(PEER) if with_peers else None
     if peer_module is not None:
         others, notes = torch_contenders(peer_module, (pipe, codec), latents, realisations, compiled)
         contenders += others
     timings = measure(contenders, rounds, "system")
     case = f"seed, r = {RATE:g}, {images} images x {realisations} realisations"
-    loops = {"megjax, a loop over receptions": whole.looped}
     rows = rows_of(timings, case, batch, images * realisations, rounds, loops)
     missing = [PEER] if with_peers and peer_module is None else []
     if not ours:

@@ -84,9 +84,29 @@ def test_tables_come_from_the_files(result, tmp_path):
 def test_a_missing_peer_is_a_line(monkeypatch):
     monkeypatch.setattr(channel, "PEERS", ("numpy_channel", "sionna_channel", "no_such_peer"))
     monkeypatch.setattr(channel, "cases", lambda batches, installed, with_gaussians: [])
-    rows, missing = channel.run((4,), 3, with_peers=True)
+    rows, missing, _ = channel.run((4,), 3, with_peers=True)
     assert rows == [] and "no_such_peer" in missing and "numpy_channel" not in missing
     assert channel.run((4,), 3, with_peers=False)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("device", "compiler", "notes"),
+    [
+        (None, None, [channel.NO_DEVICE]),
+        ("cuda", "no C compiler", ["torch.compile was not measured: no C compiler."]),
+        ("cuda", None, []),
+    ],
+)
+def test_pytorch_on_a_gpu_is_left_out_with_a_note(monkeypatch, device, compiler, notes):
+    """Where it has no GPU beside JAX's, and torch.compile where its compiler is missing."""
+    module, given = SimpleNamespace(NAME="PyTorch, eager"), []
+    monkeypatch.setattr(channel, "peers", lambda: {"torch_channel": module, "numpy_channel": None})
+    monkeypatch.setattr(channel, "cases", lambda batches, installed, with_gaussians: given.append(installed) or [])
+    monkeypatch.setattr(channel, "prepare_torch", lambda: device)
+    monkeypatch.setattr(channel, "compiler_problem", lambda on_cpu: compiler)
+    monkeypatch.setattr(channel.jax, "default_backend", lambda: "gpu")
+    assert channel.run((4,), 3, with_peers=True) == ([], ["numpy_channel"], notes)
+    assert given[0]["torch_channel"] is (module if device else None)
 
 
 @pytest.mark.parametrize("peer", [*channel.PEERS, "torch_channel, for its compiler"])

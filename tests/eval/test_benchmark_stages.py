@@ -15,7 +15,7 @@ import pytest
 from eval import benchmark
 from eval.measure import ceilings
 from eval.peers import flax_diffusers, lines
-from eval.stages import channel, guidance, image, layer_choices, limits, profile, scaling, startup, summary
+from eval.stages import channel, guidance, image, layer_choices, limits, profile, scaling, startup, summary, system
 from megjax.diffusion.pipeline import Configs
 from megjax.ldm.recipe import PRESETS
 
@@ -89,24 +89,41 @@ def test_a_process_that_ends_is_left_out():
     assert "ended with code 1: ValueError: no memory" in problems[0]
 
 
-def test_samples_of_one_process():
-    """The first call warms up; nothing is known of a start from the cache."""
-    seconds = iter([9.0, 3.0, 5.0])
-    sample = {"peak_bytes": 1, "temporary_bytes": 1}
+def test_samples_of_processes_that_are_kept():
+    """They take turns after a first call that warms up; nothing is known of a start from the cache."""
+    called, seconds = [], iter([9.0, 8.0, 3.0, 1.0, 5.0])
 
     class Served:
         about = {"compile_s": 2.0, "temporary_bytes": 1}
 
+        def __init__(self, name):
+            self.name = name
+
         def __call__(self):
-            return sample | {"seconds": next(seconds)}
+            called.append(self.name)
+            if called.count("b") == 3:
+                raise RuntimeError("no memory")
+            return {"peak_bytes": 1, "seconds": next(seconds)}
 
         def close(self):
-            pass
+            called.append(f"end of {self.name}")
 
-    samples, _ = image.measure({image.MEGJAX: lambda environ: Served()}, 3, calls=2)
+    starts = {name: lambda environ, name=name: Served(name) for name in (image.MEGJAX, "b")}
+    samples, problems = image.measure(starts, 3, calls=2)
+    assert called == [image.MEGJAX, "b"] * 3 + ["end of b", f"end of {image.MEGJAX}"]
+    assert problems == ["b was not measured: no memory."]
     (row,) = image.rows_of(samples, "image", 1)
     assert row["seconds"] == 4.0 and row["rounds"] == 2 and row["cached_s"] is None
     assert printed(image, [row])[0][-1] == "-"
+
+
+def test_the_system_of_other_software_alone_compiles_nothing(monkeypatch):
+    models = SimpleNamespace(from_pretrained=lambda name: SimpleNamespace(validation=np.zeros((2, 1, 1, 1))))
+    monkeypatch.setattr(system, "StableDiffusion", models)
+    monkeypatch.setattr(system, "SeedCodec", models)
+    monkeypatch.setattr(system, "make_simulator", None)
+    monkeypatch.setattr(system, "Parts", None)
+    assert system.run(2, 3, 4, 3, with_peers=False, ours=False) == ([], [], [])
 
 
 class FakePipe:
@@ -264,8 +281,8 @@ def test_the_table_of_aims():
 
 
 def test_aims_on_a_gpu_are_of_every_batch():
-    """Next to torch.compile, and to the products of matrices from eight guided images on."""
-    seconds = {"megjax": 1.0, summary.EAGER: 4.0, summary.COMPILED: 1.2}
+    """Next to torch.compile, and to the products of matrices from eight guided images on; not what is there again."""
+    seconds = {"megjax": 1.0, summary.EAGER: 4.0, summary.COMPILED: 1.2, summary.EAGER + summary.AGAIN: 5.0}
     rows = [
         {"case": "U-Net", "batch": batch, "implementation": name, "flops_per_second": 1 / value, "share_of_matmul": 0.5}
         for batch in (2, 16)
