@@ -142,7 +142,7 @@ def data_parallel(
         return loss_fn
     mesh = data_mesh(num_shards) if mesh is None else mesh
     require(num_shards % mesh.size == 0, "num_shards", num_shards, f"a multiple of the mesh's {mesh.size} devices")
-    split = PartitionSpec(mesh.axis_names)
+    specs = (param_specs, data_specs, PartitionSpec(mesh.axis_names))
 
     def share(params: PyTree, data: PyTree, keys: Key[Array, " n"]):
         params = jax.tree.map(_gather, param_specs, params, is_leaf=lambda x: isinstance(x, PartitionSpec))
@@ -151,9 +151,7 @@ def data_parallel(
         return jax.lax.pmean(mean, mesh.axis_names)
 
     # Unchecked, because kernels such as a TPU's attention do not say over which axes their results vary.
-    shares = jax.shard_map(
-        share, mesh=mesh, in_specs=(param_specs, data_specs, split), out_specs=WHOLE, check_vma=False
-    )
+    shares = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=WHOLE, check_vma=False)
 
     def mean_loss(params: PyTree, data: PyTree, key: Key[Array, ""]):
         return shares(params, data, jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_shards)))
