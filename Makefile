@@ -1,6 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# By a path: otherwise Python started in the folder above takes this folder, of the same name, for the package.
+EDITABLE := --config-settings editable_mode=compat --editable
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 
@@ -15,18 +17,18 @@ install: .venv/test.stamp
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/run.stamp: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) install --quiet --constraint constraints.txt --editable .
+	$(PIP) install --quiet --constraint constraints.txt $(EDITABLE) .
 	@touch $@
 
 .venv/test.stamp: .venv/run.stamp
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[test]'
+	$(PIP) install --quiet --constraint constraints.txt $(EDITABLE) '.[test]'
 	@touch $@
 
 # Other software that the benchmarks measure side by side, where it can be installed.
 peers: .venv/peers.stamp
 
 .venv/peers.stamp: .venv/run.stamp
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[peers]'
+	$(PIP) install --quiet --constraint constraints.txt $(EDITABLE) '.[peers]'
 	@touch $@
 
 # The last diffusers with Flax models, for `eval.benchmark diffusion`; it needs older packages, so an environment of its own.
@@ -126,7 +128,6 @@ test: .venv/test.stamp
 	$(BIN)/python $(PYTEST) -m "not slow"
 
 # Everything: also what starts processes, compiles for TPUs, or needs many samples.
-test-all coverage: export PYTHONPATH := $(CURDIR)/.venv/libtpu
 test-all: .venv/test.stamp .venv/tpu.stamp
 	$(BIN)/python $(PYTEST)
 

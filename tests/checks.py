@@ -1,7 +1,6 @@
 """Comparisons that many tests make."""
 
 import contextlib
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,8 @@ import pytest
 import scipy.stats
 from jax._src import compiler
 
+from megjax.tpu import find_libtpu
+
 STANDARD_ERRORS = 4.0
 """How far a mean may lie from what is expected of it: by chance it does so once in 16,000 times."""
 SMALLEST_P_VALUE = 1e-4
@@ -23,8 +24,12 @@ NUM_DISTRIBUTION = 2**16
 
 def needs_libtpu(test):
     """Mark a test that compiles for TPUs, which takes long and libtpu."""
-    missing = importlib.util.find_spec("libtpu") is None
-    return pytest.mark.slow(pytest.mark.skipif(missing, reason="libtpu is not installed: make tpu")(test))
+    missing = ""
+    try:
+        find_libtpu()
+    except ValueError as error:
+        missing = str(error)
+    return pytest.mark.slow(pytest.mark.skipif(bool(missing), reason=missing)(test))
 
 
 def within_standard_error(samples, expected, axis=None, rounding=0.0):

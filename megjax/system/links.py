@@ -26,7 +26,6 @@ from megjax.channel import (
 )
 from megjax.codec import link
 from megjax.configs import require
-from megjax.precision import exact_matmul
 from megjax.units import linear_to_db
 
 RESULTS = ("latents", "images", "noisy")
@@ -191,8 +190,8 @@ def _to_bits(image: Float[Array, "H W 3"], length: int) -> Bool[Array, " s"]:
 
 
 def _from_bits(bits: Bool[Array, " s"], shape: tuple[int, int, int]) -> Float[Array, "H W 3"]:
-    levels = exact_matmul(bits[: 8 * int(np.prod(shape))].reshape(-1, 8), 2.0 ** jnp.arange(7, -1, -1))
-    return (levels / 255).reshape(shape)
+    values = jnp.where(bits[: 8 * int(np.prod(shape))].reshape(-1, 8), 2.0 ** jnp.arange(7, -1, -1)[None], 0.0)
+    return (values.sum(-1) / 255).reshape(shape)
 
 
 def to_blocks(symbols: Complex[Array, " k"], num_blocks: int) -> Complex[Array, "t n"]:
