@@ -49,7 +49,7 @@ class Arguments:
     codec: str | None = None
     """Codec of the seed: "scenes" (bundled) or a folder that train.codec wrote; default: the model's, if it has one."""
     schemes: tuple[str, ...] = ("centralized", "latent", "seed")
-    """Of centralized, latent, seed and split; without a codec the seed is left out."""
+    """Of centralized, latent, seed, split and prompt (nothing but the text arrives); without a codec no seed."""
     device_steps: int = 5
     """Denoising steps of the device (split)."""
     rate: float = 4.0
@@ -156,7 +156,7 @@ def draw(path: Path, prompts, snr_db, reference, received: dict, symbols: dict) 
 def show(rows: list[dict], folder: Path) -> None:
     """Print the mean over prompts of each scheme and SNR, and where the files are."""
     frame = pd.DataFrame(rows).astype({"caption_accuracy": float})
-    title = f"means over {frame.prompt.nunique()} prompts, one channel realisation each, mean power 1"
+    title = "means over prompts, one channel realisation each, mean power 1"
     table = Table("scheme", "symbols", "SNR (dB)", "PSNR (dB)", "SSIM", "caption accuracy", title=title)
     means = frame.groupby(["scheme", "num_symbols", "snr_db"], sort=False).mean(numeric_only=True).reset_index()
     for row in means.itertuples():
@@ -185,7 +185,7 @@ def run(args: Arguments) -> list[dict]:
     require(not unknown and len(args.schemes) > 0, "--schemes", args.schemes, f"of {tuple(SCHEMES)}")
     schemes = [scheme for scheme in args.schemes if scheme != "seed" or codec is not None]
     symbols = {name: num_symbols(name, (*pipe.image_size, 3), pipe.latent_shape(), args.rate) for name in schemes}
-    fills = min(symbols.values()) >= NUM_BLOCKS
+    fills = all(count >= NUM_BLOCKS or name == "prompt" for name, count in symbols.items())
     require(fills, "--model", args.model, f"a model whose latent fills {NUM_BLOCKS} fading blocks, not {symbols}")
     statistics = SourceStatistics.load(folder, pipe.configs.vae.latent_channels)
     options = {"statistics": statistics, "rate": args.rate, "device_steps": args.device_steps}
@@ -200,7 +200,7 @@ def run(args: Arguments) -> list[dict]:
         image_key, ids, num_steps=args.steps, guidance_scale=args.guidance, sampler=args.sampler
     )
     latents.block_until_ready()
-    print(f"{len(args.prompts)} latents generated in {time.perf_counter() - started:.1f} s, compilation included")
+    print(f"latents generated in {time.perf_counter() - started:.1f} s, compilation included")
     params = {name: simulator.params for name, simulator in made.items()}
     reference, received = receive(made, params, channel_key, latents, ids, snr_db, args.guidance)
     rows = score(scenenet, args.prompts, snr_db, reference, received, symbols)

@@ -111,9 +111,9 @@ def split_parameters():
     on_one = jax.vmap(jax.value_and_grad(lambda *args: loss_fn(*args)[0]), (None, None, 0))(params, data, draws)
     c, expected = jax.tree.map(lambda x: x.mean(0), on_one)
     np.testing.assert_allclose([a, b], c, rtol=1e-5)
-    for name in params:
-        np.testing.assert_allclose(grads[name], expected[name], rtol=1e-5, atol=1e-7)
-        np.testing.assert_allclose(sharded[name], expected[name], rtol=1e-5, atol=1e-7)
+    for name in params:  # of size 1, summed in another order
+        np.testing.assert_allclose(grads[name], expected[name], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(grads[name], sharded[name], rtol=1e-5, atol=1e-7)
     assert "fsdp" in sharded["w"].sharding.spec
     own = jax.jit(data_parallel(loss_fn, 8, mesh, data_specs=PartitionSpec(("data", "fsdp"))))
     assert float(own(params, data, key)[1]["size"]) == 5.0
