@@ -103,6 +103,7 @@ def fast_compile() -> Iterator[None]:
 
 
 def arrays(seed, *shapes):
+    """Normal float32 numbers in these shapes."""
     rng = np.random.default_rng(seed)
     return tuple(jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes)
 
@@ -119,6 +120,8 @@ def both(plain, fused, *args):
 
 
 def value_and_gradients(function, *args):
+    """The function's value, and the gradients of the sum of its sines by every argument."""
+
     def loss(*args):
         value = function(*args)
         return jnp.sum(jnp.sin(value)), value
