@@ -17,7 +17,7 @@ from tests import models
 from tests.checks import metric_rows
 from train.ldm import Arguments, main
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("module_unchecked", "fast_compile")]
+pytestmark = pytest.mark.usefixtures("module_unchecked", "fast_compile")
 
 
 @pytest.fixture(scope="module")

@@ -94,7 +94,6 @@ def pictured(module_unchecked, sweep, tmp_path_factory):
     return sweep(folder, metrics="image", schemes=IMAGE_SCHEMES, snr_db=(10.0,), device_steps=(1,)), folder
 
 
-@pytest.mark.slow
 def test_images_are_compared(pictured):
     frame, folder = pictured
     assert frame.scheme.tolist() == list(IMAGE_SCHEMES)
