@@ -35,7 +35,7 @@ HBM_SHARE = 0.97
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to compile, and for which topology."""
+    """Options of `eval.aot`: jobs to compile, and the TPU topology to compile them for."""
 
     tpu_config: Path = Path("tpu_configs/v5e-8.json")
     """A file of tpu_configs/."""
@@ -80,7 +80,7 @@ def plan(args: Arguments) -> list[Arguments]:
 
 
 def identity(args: Arguments, config: TpuConfig, lowered: jax.stages.Lowered) -> dict[str, Any]:
-    """What a result depends on: the program, the flags, and the compiler."""
+    """Identity of a compilation: the program, the flags, the versions of the compiler and of the accounting."""
     return {
         "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
         "flags": list(config.xla_flags),

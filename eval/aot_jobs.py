@@ -46,7 +46,10 @@ _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_lin
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What is compiled; one call does `items` of `unit`, over all devices. `knob` names what makes it smaller."""
+    """Function of a job and the shapes of its arguments; one call does `items` of `unit`, over all devices.
+
+    `knob` names the setting that makes it smaller.
+    """
 
     fn: Callable
     args: tuple

@@ -81,7 +81,7 @@ the PyTorch link has the same weights. The loop calls the compiled program once 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to measure and where the results go."""
+    """Options of `eval.benchmark`: stages to measure, their sizes, and the folder of the results."""
 
     stage: tyro.conf.Positional[
         Literal[
@@ -277,7 +277,7 @@ def title(case: str, batch: int) -> str:
 
 
 def ceilings_line(found: dict[str, float] | None) -> str:
-    """What the device reached in the same run; nothing for files from before it was measured."""
+    """Ceilings that the device reached in the same run; nothing for files from before it was measured."""
     if not found:
         return ""
     products = ", ".join(f"{found[f'matmul_{kind}'] / 1e12:.3g} in {kind}" for kind in ("float32", "bfloat16"))

@@ -71,7 +71,7 @@ FADINGS = {"rayleigh": Link(np.array(True)), "awgn": Link(np.array(False))}
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to measure, on which latents, and where the results go."""
+    """Options of `eval.codec`: codecs and rivals to measure, the latents, and the folder of the results."""
 
     codec: str = "scenes"
     """"scenes" (bundled) or a folder that SeedCodec.save_pretrained wrote."""

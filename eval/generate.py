@@ -32,7 +32,7 @@ from megjax.units import check_snr_db
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to generate, over which link, and where the results go."""
+    """Options of `eval.generate`: prompts and model, the link, and the folder of the results."""
 
     prompts: tyro.conf.Positional[tuple[str, ...]] = scenes.DEFAULT_PROMPTS
     """Prompts, each in quotes."""

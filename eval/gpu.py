@@ -157,7 +157,7 @@ class Attempt(NamedTuple):
 
 
 def attempts(names: Collection[str], earlier: Mapping[str, Outcome]) -> list[Attempt]:
-    """What is still to be measured of these parts, in this order:
+    """Attempts at parts of the benchmark that are still to be made, in order:
 
     - megjax alone, of parts that failed and where it has not been tried alone with the part's whole limit;
     - parts that were not tried;
