@@ -19,6 +19,7 @@ from rich.table import Table
 from eval import aot_tables
 from eval.aot_jobs import JOBS, MODELS, Jobs, Program
 from eval.measure import console
+from megjax import hlo
 from megjax.configs import read_json, require, require_positive_integers, write_json
 from megjax.cost import cost_of_compiled, roofline
 from megjax.runtime import command
@@ -27,8 +28,10 @@ from megjax.tpu import TpuConfig
 
 GIB = 2**30
 STACK_BYTES = 4 * 2**20
-ACCOUNTING = 2
+ACCOUNTING = 3
 """Version of how operations and bytes are counted (`megjax.hlo`); results of another are made again."""
+NUM_CAUSES = 5
+"""The largest movers of bytes that a result names."""
 HBM_SHARE = 0.97
 """Share of the HBM that a program may take: the rest is the runtime's."""
 
@@ -131,6 +134,7 @@ def measure(
         "flops": cost.flops,
         "flops_loops_once": once.flops,
         "bytes_accessed": cost.bytes_accessed,
+        "causes": dict([*hlo.Module(compiled.as_text()).causes().items()][:NUM_CAUSES]),
         "collectives": [dataclasses.asdict(c) for c in cost.collectives],
         "roofline_seconds": dataclasses.asdict(bounds),
         "bound": bounds.bound,
@@ -172,6 +176,8 @@ def show(result: dict[str, Any]) -> None:
         "operations", f"{result['flops'] / 1e12:.3f} TFLOP ({result['flops_loops_once'] / 1e12:.3f} loops once)"
     )
     table.add_row("bytes accessed", f"{result['bytes_accessed'] / 1e9:.2f} GB")
+    for name, size in aot_tables.causes(result):
+        table.add_row(f"  {name}", f"{size / 1e9:.2f} GB")
     for c in result["collectives"] or [{"kind": "collectives", "count": 0, "bytes": 0}]:
         table.add_row(c["kind"], f"{c['count']}, {c['bytes'] / 1e6:.2f} MB")
     for name, seconds in bounds.items():

@@ -214,7 +214,7 @@ class Jobs:
         """One step of codec training, each device its own groups of latents."""
         graph, params, constants = nnx.split(self._codec_network(), nnx.Param, Constant)
         conditions = Conditions(groups=self.config.batch.codec, num_blocks=NUM_BLOCKS)
-        latents = jax.ShapeDtypeStruct((NUM_LATENTS * self.mesh.size, *self.latent_shape), jnp.float32)
+        latents = jax.ShapeDtypeStruct((NUM_LATENTS * self.mesh.size, math.prod(self.latent_shape)), jnp.float32)
         data = {
             "constants": shapes_of(constants, self.everywhere),
             "total_variance": jax.ShapeDtypeStruct((), jnp.float32, sharding=self.everywhere),
@@ -231,7 +231,7 @@ class Jobs:
         params = (params["text_encoder"], params["unet"])
         specs = fsdp_specs(params, self.mesh.shape["fsdp"])
         total = NUM_LATENTS * self.mesh.size
-        moment = jax.ShapeDtypeStruct((total, *self.latent_shape), jnp.float32, sharding=self.split)
+        moment = jax.ShapeDtypeStruct((total, math.prod(self.latent_shape)), jnp.float32, sharding=self.split)
         ids = jax.ShapeDtypeStruct((total, 1, self.length), jnp.int16, sharding=self.split)
         data = {"mean": moment, "log_variance": moment, "ids": ids}
         count = self._count("ldm")
@@ -239,6 +239,7 @@ class Jobs:
             (graphs.text_encoder, graphs.unet),
             alphas_cumprod(self.configs.scheduler),
             graphs.scaling_factor,
+            self.latent_shape,
             count // self.mesh.size,
             jnp.zeros(self.length, jnp.int32),
         )

@@ -14,21 +14,23 @@ Written by `make aot`. Nothing here was run on a TPU: every program was compiled
 without one, from shapes alone, and XLA's analysis of the compiled program was read.
 
 - Memory is per device, as the compiler lays it out; the last column is what share of the HBM it takes.
-- Operations and bytes are per device and call. XLA counts the body of a loop once; the other passes are added from the
-  text of the compiled program. XLA's bytes include those that stay in on-chip memory, so the memory bound is high for
-  small programs. Attention's kernels count with the operations that they state, or with their matrix products, and with
-  their operands and results once.
+- Operations and bytes are per device and call, loops counted as often as they run. Bytes are those that instructions
+  read from and write to HBM, counted from the text of the compiled program; what the compiler keeps in the chip's own
+  memory does not count. Attention's kernels count with the operations that they state, or with their matrix products,
+  and with their operands and results once.
 - "Sent" is what a device sends in ring collectives.
-- The time is the largest of operations, bytes and bytes sent over the chip's public peaks: **a bound that nothing
-  beats, not a prediction**.
-- Compiled with XLA's least effort for fast programs (`--effort -1`), which takes a fraction of the time; what XLA's own
-  effort makes of the same jobs, where that was tried, has a table of its own.
+- The time is the largest of operations, bytes and bytes sent over the chip's public peaks: **a bound that the compiled
+  program cannot beat, not a prediction**.
+- Compiled with XLA's least effort for fast programs (`--effort -1`), which takes a fraction of the time, but keeps
+  hardly anything in the chip's own memory; what XLA's own effort makes of the same jobs, where that was tried, has a
+  table of its own.
 - Batches are those of the files in [tpu_configs](../tpu_configs/README.md), and so is the number of images that are
-  decoded at once; `generate` makes 512x512 images (64x64 with
-  the bundled model, as many more; 768x768 with Stable Diffusion 2.1, a quarter as many) in 25 guided steps from token
-  ids to pixels, `ldm`, `codec` and `power` are one training step, `sweep` takes latents through codec, Rayleigh fading
-  and decoders at a rate of 4.
+  decoded at once. `generate` makes 512x512 images (64x64 with the bundled model, as many more; 768x768 with Stable
+  Diffusion 2.1, a quarter as many) in 25 guided steps from token ids to pixels; `ldm`, `codec` and `power` are one
+  training step; `sweep` takes latents through codec, Rayleigh fading and decoders at a rate of 4.
 """
+BEFORE = "-before.json"
+"""What follows the folder's name in the name of the file with the results of an earlier version."""
 HEADER = (
     "| job | model | topology | per call | arguments | temporaries | code | HBM | TFLOP | GB | sent "
     "| bound | time | at most |\n"
@@ -47,8 +49,65 @@ def write(folder: Path, path: Path) -> None:
     for model, name in MODEL_NAMES.items():
         rows = [row(r) for r in results if r["model"] == model]
         body += f"\n## {name}\n\n{HEADER}{''.join(rows)}" if rows else ""
-    body += latency_table(latency) + weak_scaling(results) + effort_table(found, quick) + collectives(results)
+    earlier = folder.with_name(folder.name + BEFORE)
+    body += latency_table(latency) + weak_scaling(results) + effort_table(found, quick) + causes_table(results)
+    body += (before_table(read_json(earlier), results) if earlier.is_file() else "") + collectives(results)
     write_text(path, body)
+
+
+def causes_table(results: list[dict[str, Any]]) -> str:
+    """The largest movers of bytes of every job, on the smallest topology of each generation."""
+    smallest: dict[tuple, dict[str, Any]] = {}
+    for r in results:
+        key = r["job"], r["model"], r["topology"].split(":")[0]
+        if key not in smallest or r["devices"] < smallest[key]["devices"]:
+            smallest[key] = r
+    body = (
+        "\n## What moves the bytes\n\n"
+        "The five JAX operations whose instructions move most bytes to and from HBM, on the smallest topology of each\n"
+        "generation. A fusion counts as the operation that it ends in; `copy` stands for the copies that XLA adds to\n"
+        "change a layout or a memory, `pallas_call` for attention's kernels.\n\n"
+        "| job | model | chip | GB | of which |\n| --- | --- | --- | ---: | --- |\n"
+    )
+    for (job, model, chip), r in smallest.items():
+        total = r["bytes_accessed"]
+        shares = ", ".join(f"{name} {size / total:.0%}" for name, size in causes(r))
+        body += f"| {job} | {model} | {chip} | {total / 1e9:.3g} | {shares} |\n"
+    return body
+
+
+def causes(r: dict[str, Any]) -> list[tuple[str, float]]:
+    """The largest movers of bytes of a program and their bytes, largest first."""
+    return sorted(r["causes"].items(), key=lambda item: -item[1])
+
+
+def before_table(before: dict[str, Any], results: list[dict[str, Any]]) -> str:
+    """Every job beside the same of an earlier version, whose results `before` holds with their commit."""
+    body = (
+        f"\n## Before and after\n\nBefore is commit {before['commit']}: XLA's own attention, whole batches decoded at\n"
+        "once, bytes by XLA's count, which takes in the chip's own memory. Batches are per device; the last columns\n"
+        "are the time bound for each item and what binds.\n\n"
+        "| job | model | topology | batch | now | temporaries, GiB | now | HBM | now | MB an item | now | time an item "
+        "| now |\n| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+    )
+    for r in results:
+        key = [r[name] for name in ("job", "model", "topology")]
+        for old in before["results"]:
+            if [old[name] for name in ("job", "model", "topology")] == key:
+                pairs = zip(_per_item(old), _per_item(r), strict=True)
+                body += "| " + " | ".join([*key, *(cell for pair in pairs for cell in pair)]) + " |\n"
+    return body
+
+
+def _per_item(r: dict[str, Any]) -> tuple[str, ...]:
+    memory, items = r["memory"], r["items"] / r["devices"]
+    return (
+        f"{items:,.0f}",
+        f"{memory['temporaries'] / GIB:.2f}",
+        f"{memory['total'] / memory['hbm']:.0%}",
+        f"{r['bytes_accessed'] / items / 1e6:,.3g}",
+        f"{1e6 / items * max(r['roofline_seconds'].values()):,.3g} us, {r['bound']}",
+    )
 
 
 def collectives(results: list[dict[str, Any]]) -> str:
@@ -120,14 +179,15 @@ def effort_table(found: list[dict[str, Any]], quick: list[dict[str, Any]]) -> st
                 f"{memory['code'] / 2**20:.0f} MiB",
                 f"{memory['total'] / memory['hbm']:.0%}",
                 f"{x['bytes_accessed'] / 1e9:.3g}",
+                f"{1e3 * max(x['roofline_seconds'].values()):.3g} ms",
                 f"{x['compile_seconds']:.0f} s",
             )
             lines += "| " + " | ".join(cells) + " |\n"
     if not lines:
         return ""
     head = "\n## With XLA's own effort\n\nEffort 0 is what runs use. Compile times are of one machine.\n\n"
-    head += "| job | model | topology | effort | temporaries | code | HBM | GB | compiled in |\n"
-    return head + "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n" + lines
+    head += "| job | model | topology | effort | temporaries | code | HBM | GB | time | compiled in |\n"
+    return head + "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n" + lines
 
 
 def weak_scaling(results: list[dict[str, Any]]) -> str:

@@ -221,8 +221,9 @@ def nominal_flops(fn: Callable, *args: PyTree) -> float:
 def cost_of_compiled(compiled: jax.stages.Compiled, *, repeat_loops: bool = False) -> Cost:
     """Cost of a compiled program; ValueError if its backend offers no analysis.
 
-    With `repeat_loops`, the passes of loops beyond the first, which XLA leaves out, are added from the text of the
-    compiled program (see `megjax.hlo`); loops of unknown trip count still count once.
+    With `repeat_loops`, loops count as often as they run: the operations of the passes that XLA leaves out are added
+    from the text of the compiled program, and bytes, which are then those of main memory, are counted from it
+    altogether (see `megjax.hlo`). Loops of unknown trip count still count once.
     """
     counts, stats = compiled.cost_analysis(), compiled.memory_analysis()
     counts = counts[0] if isinstance(counts, list | tuple) and counts else counts
@@ -239,7 +240,7 @@ def cost_of_compiled(compiled: jax.stages.Compiled, *, repeat_loops: bool = Fals
     once, work = module.work(repeat=False), module.work(repeat=repeat_loops)
     return Cost(
         float(counts.get("flops", 0.0)) + work.flops - once.flops + work.unseen,
-        float(counts.get("bytes accessed", 0.0)) + work.bytes - once.bytes,
+        work.bytes if repeat_loops else float(counts.get("bytes accessed", 0.0)),
         _merge(_collective(*collective) for collective in work.collectives),
         memory,
     )

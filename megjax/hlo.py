@@ -1,10 +1,11 @@
 """Reads the text of a compiled XLA module: collectives, and loops with their trip counts and the work of their bodies.
 
-XLA's own cost analysis counts the body of a loop once. What is missing is counted here from the text, by the rules of
-XLA's HloCostAnalysis: two operations for each valid multiply-add of a product or convolution, one for each element of
-anything else; the bytes of operands and result of each instruction outside fusions, slices at the size of the slice.
-A Pallas kernel counts with the operations that it states, and with its operands and result once: it may do and move
-more, so that a roofline of these numbers stays a bound.
+XLA's own cost analysis counts the body of a loop once. Here everything is counted from the text, by the rules of XLA's
+HloCostAnalysis: two operations for each valid multiply-add of a product or convolution, one for each element of
+anything else; the bytes of operands and result of each instruction outside fusions, slices and gathers at the size of
+what they read. Unlike there, each operand of a fusion counts once, and what lies in a memory on the chip not at all. A
+Pallas kernel counts with the operations that it states, and with its operands and result once: it may do and move more,
+so that a roofline of these numbers stays a bound.
 """
 
 import dataclasses
@@ -22,6 +23,9 @@ _MOVES = _FREE | frozenset(
     + ("concatenate", "pad", "gather", "reverse", "iota", "custom-call", "async-start", "send", "recv", "infeed")
     + ("outfeed", "bitcast-convert")
 )
+_RUNS = frozenset(("while", "call", "conditional", "async-start"))
+_READS = frozenset(("slice", "dynamic-slice", "gather"))
+"""Instructions that read of their first operand as much as they return."""
 # XLA counts these apart from operations.
 _TRANSCENDENTAL = frozenset(
     ("exponential", "exponential-minus-one", "log", "log-plus-one", "logistic", "tanh", "power", "sqrt", "rsqrt")
@@ -30,7 +34,10 @@ _TRANSCENDENTAL = frozenset(
 _ITEM_BITS = {"pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128}
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\](?:\{([0-9,]*):T\(([0-9,]*)\))?")
+_ARRAY = re.compile(
+    r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]"
+    r"(?:\{([0-9,]*)(?::(?:T\(([0-9,]*)\))?(?:\([0-9,]*\))*(?:S\(([0-9]+)\))?)?)?"
+)
 _STATED = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _KERNELS = {"flash_mha_bwd_dkv": 4, "flash_mha_bwd_dq": 3}
 """Matrix products in the two kernels of the gradient of JAX's flash attention: logits and dP in both, dV and dK, dQ."""
@@ -128,7 +135,7 @@ class Module:
             total = Work()
             for i in self.computations.get(name, ()):
                 total = total + Work(self._flops(i), self._bytes(i), self._collectives(i), self._unseen(i))
-                if i.opcode in ("while", "call", "conditional", "async-start"):
+                if i.opcode in _RUNS:
                     times = (self.trip_count(i) or 1) if repeat and i.opcode == "while" else 1
                     for called in _called(i):
                         total = total + self.work(called, repeat=repeat) * times
@@ -171,19 +178,43 @@ class Module:
             return 0.0
         if 'custom_call_target="ConcatBitcast"' in i.rest:  # XLA:TPU's name for neighbours in memory
             return 0.0
+        inputs, result = [array_bytes(self.shapes.get(name, "")) for name in i.operands], array_bytes(i.shape)
+        if i.opcode == "copy-start":  # the result is (copy, operand, context)
+            return result
         if i.opcode == "slice-start":  # the result is (operand, slice, context)
-            return 2.0 * array_bytes(i.shape.split("]", 1)[1])
-        inputs = [array_bytes(self.shapes.get(name, "")) for name in i.operands]
-        result = array_bytes(i.shape)
-        if i.opcode == "dynamic-slice" or i.opcode == "slice":
-            return 2.0 * result
+            given, sliced, *_ = _ARRAY.finditer(i.shape)
+            return sum(_array_bytes(sliced, place=of[5]) for of in (given, sliced))
+        if i.opcode in _READS:
+            return result + sum(inputs[1:]) + self._slice_bytes(i.operands[0], i.shape)
         if i.opcode == "dynamic-update-slice":
-            return 2.0 * inputs[1]
+            return inputs[1] + self._slice_bytes(i.name, self.shapes[i.operands[1]])
         if i.opcode == "fusion":
             return self._fusion_bytes(_called(i)[0], inputs, result)
-        if i.opcode == "copy-start":
-            return 2.0 * sum(inputs)
         return result + sum(inputs)
+
+    def _slice_bytes(self, name: str, shape: str) -> float:
+        """Bytes of a slice of this shape of the array `name`, in the memory where that lies."""
+        whole = _ARRAY.search(self.shapes.get(name, ""))
+        return _array_bytes(_ARRAY.search(shape), place=whole and whole[5])
+
+    def causes(self) -> dict[str, float]:
+        """Bytes of the program, its loops repeated, by the JAX operation that an instruction belongs to, largest first.
+
+        A fusion belongs to the operation that it ends in; copies into another layout or memory, which XLA adds, are
+        `copy`, and gradients are apart from what they are the gradients of.
+        """
+        found: dict[str, float] = {}
+
+        def add(name: str, times: int) -> None:
+            for i in self.computations.get(name, ()):
+                if size := self._bytes(i) * times:
+                    found[_cause(i)] = found.get(_cause(i), 0.0) + size
+                if i.opcode in _RUNS:
+                    for called in _called(i):
+                        add(called, times * ((self.trip_count(i) or 1) if i.opcode == "while" else 1))
+
+        add(self.entry, 1)
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def _fusion_bytes(self, name: str, inputs: list[float], result: float) -> float:
         """Operands and result of a fusion; where it only reads or writes a slice of one, the slice."""
@@ -203,7 +234,7 @@ class Module:
             for position, operand in enumerate(use.operands):
                 if operand != parameter:
                     continue
-                if use.opcode == "dynamic-slice" and position == 0:
+                if use.opcode in _READS and position == 0:
                     total += array_bytes(use.shape)
                 elif use.opcode == "fusion":
                     total += self._read_bytes(_called(use)[0], position, size)
@@ -250,14 +281,30 @@ def _elements(shape: str) -> int:
 
 
 def array_bytes(shape: str, *, tiled: bool = True) -> float:
-    """Bytes of all arrays in the text of a shape, such as `(bf16[8,128]{1,0:T(8,128)(2,1)}, s32[])`.
+    """Bytes of main memory of all arrays in the text of a shape, such as `(bf16[8,128]{1,0:T(8,128)(2,1)}, s32[])`.
 
-    An array that lies in tiles, as on a TPU, takes whole ones; without `tiled` only its elements count.
+    An array that lies in tiles, as on a TPU, takes whole ones, and none of main memory if it lies in another, as S(1)
+    says. Without `tiled` its elements count, wherever it lies.
     """
-    return sum(
-        math.prod(_tiled(*(_numbers(text) for text in (dims, order, tile if tiled else "")))) * _item_bits(kind) / 8
-        for kind, dims, order, tile in _ARRAY.findall(shape)
-    )
+    if not tiled:
+        return sum(math.prod(_numbers(x[2])) * _item_bits(x[1]) / 8 for x in _ARRAY.finditer(shape))
+    return sum(_array_bytes(x, place=x[5]) for x in _ARRAY.finditer(shape))
+
+
+def _array_bytes(array: re.Match, place: str | None) -> float:
+    """Bytes of an array in whole tiles; 0 for a `place` other than main memory."""
+    kind, dims, order, tile = array.groups()[:4]
+    padded = _tiled(*(_numbers(text or "") for text in (dims, order, tile)))
+    return 0.0 if place and int(place) else math.prod(padded) * _item_bits(kind) / 8
+
+
+def _cause(i: Instruction) -> str:
+    """The JAX operation of an instruction, by the name that XLA keeps of it."""
+    name = re.search(r'op_name="([^"]*)"', i.rest)
+    last = re.sub(r"\.\d+$", "", name[1].split("/")[-1]) if name else i.opcode
+    if i.opcode.removesuffix("-start") in ("copy", "reshape", "transpose"):
+        return "copy"
+    return f"gradient of {last}" if name and "transpose(" in name[1] else last
 
 
 def _numbers(text: str) -> list[int]:

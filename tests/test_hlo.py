@@ -109,12 +109,47 @@ def test_operations_of_kernels():
     assert work.flops == 7000 and work.unseen == (4 + 3) * 2 * (2 * 3) * 64 * 32 * 40
 
 
+PLACES = """%fused (table: f32[100,8], index: s32[5]) -> f32[5,8] {
+  %table = f32[100,8]{1,0} parameter(0)
+  %index = s32[5]{0:S(1)} parameter(1)
+  ROOT %g = f32[5,8]{1,0} gather(%table, %index), offset_dims={1}
+}
+
+ENTRY %main (x: f32[100,8], i: s32[5]) -> f32[5,8] {
+  %x = f32[100,8]{1,0} parameter(0)
+  %i = s32[5]{0:S(1)} parameter(1)
+  %near = (f32[100,8]{1,0:S(1)}, f32[100,8]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  %near-done = f32[100,8]{1,0:S(1)} copy-done(%near)
+  %part = (f32[100,8]{1,0}, f32[10,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:10], [0:8]}
+  %part-done = f32[10,8]{1,0:S(1)} slice-done(%part)
+  %mine = f32[2,8]{1,0} slice(%near-done), slice={[0:2], [0:8]}
+  %sum = f32[10,8]{1,0} add(%part-done, %part-done), metadata={op_name="jit(main)/transpose(jvp())/mul.1"}
+  ROOT %rows = f32[5,8]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused, metadata={op_name="jit(main)/gather"}
+}
+"""
+
+
+def test_only_main_memory_counts_and_gathers_read_what_they_return():
+    module = hlo.Module(PLACES)
+    causes = {"copy": 3200.0, "slice-start": 320.0, "gradient of mul": 320.0, "gather": 320.0, "slice": 64.0}
+    assert module.causes() == causes
+    assert module.work(repeat=True).bytes == sum(causes.values())
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_causes_sum_to_all_bytes(name):
+    fn, *shapes = PROGRAMS[name]
+    module = hlo.Module(compiled(lambda *x: jax.grad(lambda *y: jnp.sum(fn(*y)))(*x), *shapes).as_text())
+    assert sum(module.causes().values()) == module.work(repeat=True).bytes > 0
+
+
 @pytest.mark.parametrize(
     ("shape", "size"),
     [
         ("bf16[8,128]{1,0:T(8,128)(2,1)}", 2048),
         ("bf16[3,40]{1,0:T(8,128)(2,1)}", 2048),
-        ("f32[40,3,9]{0,2,1:T(8,128)S(1)}", 3 * 16 * 128 * 4),
+        ("f32[40,3,9]{0,2,1:T(8,128)}", 3 * 16 * 128 * 4),
+        ("(f32[40,3,9]{0,2,1:T(8,128)S(1)}, f32[8]{0:S(0)}, u32[]{:S(2)})", 32),
         ("(f32[2], /*index=1*/s4[6]{0}, pred[])", 12),
         ("c64[3]", 24),
         ("f8e4m3fn[5]", 5),

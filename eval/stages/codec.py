@@ -92,7 +92,11 @@ def megjax_contender(recipe: CodecRecipe, latents: np.ndarray, steps: int) -> Co
     network = SeedNetwork(recipe.codec, nnx.Rngs(0))
     graph, params, constants = nnx.split(network, nnx.Param, Constant)
     total = latents.reshape(len(latents), -1).astype(np.float64).var(0).sum()
-    data = {"constants": constants, "total_variance": jnp.float32(total), "latents": (jnp.asarray(latents),)}
+    data = {
+        "constants": constants,
+        "total_variance": jnp.float32(total),
+        "latents": (jnp.asarray(latents.reshape(len(latents), -1)),),
+    }
     chunk, key = make_chunk(recipe.fit, codec_loss(graph, recipe.conditions)), jax.random.key(0)
     state = init_state(recipe.fit, params)
 

@@ -118,8 +118,9 @@ def group_moments(values: Float[Array, "g b n"]) -> tuple[Float[Array, "g 1 n"],
 def codec_loss(graph: nnx.GraphDef, conditions: Conditions, decode_images: DecodeImages | None = None) -> Callable:
     """Loss `(params, data, key) -> (dB, metrics)`: mean over groups of the group's NMSE in dB.
 
-    `data` holds `constants`, `total_variance` and `latents`, a tuple of one or two sets [n h w c], of which the first
-    gives `first_share` of the draws. With `decode_images`, `image_weight` of the loss is the decoded images' MSE in dB.
+    `data` holds `constants`, `total_variance` and `latents`, a tuple of one or two sets [n h w c] or [n k], k = h w c,
+    of which the first gives `first_share` of the draws; a TPU draws rows [n k] without copying the set. With
+    `decode_images`, `image_weight` of the loss is the decoded images' MSE in dB.
     """
     mixed = conditions.image_weight > 0
     require(not mixed or decode_images is not None, "image_weight", conditions.image_weight, "0 without image decoder")
@@ -129,7 +130,7 @@ def codec_loss(graph: nnx.GraphDef, conditions: Conditions, decode_images: Decod
         keys = jax.random.split(key, 5)
         network: SeedNetwork = nnx.merge(graph, params, data["constants"])
         draw = draw_conditions(keys[0], conditions, network.config.num_values)
-        latents = draw_latents(keys[1], data["latents"], conditions)
+        latents = draw_latents(keys[1], data["latents"], conditions).reshape(-1, *network.config.latent_shape)
         row, column = (jnp.repeat(x, size) for x in network.mode(draw.snr_db, draw.num_symbols))
         values = network.analyse(latents, row, column).reshape(conditions.groups, size, -1)
         mean, std = group_moments(values)
@@ -157,8 +158,8 @@ def codec_loss(graph: nnx.GraphDef, conditions: Conditions, decode_images: Decod
 
 
 def draw_latents(
-    key: Key[Array, ""], sets: tuple[Float[Array, "_ h w c"], ...], conditions: Conditions
-) -> Float[Array, "b h w c"]:
+    key: Key[Array, ""], sets: tuple[Float[Array, "_ *k"], ...], conditions: Conditions
+) -> Float[Array, "b *k"]:
     """A batch with `first_share` of its rows from the first set, group by group alike, the others from the second."""
     first_key, second_key = jax.random.split(key)
     groups, size = conditions.groups, conditions.group_size

@@ -91,7 +91,7 @@ def train_codec(
         require(start.config == recipe.codec, "start's configuration", start.config, "that of the recipe")
         network: SeedNetwork = nnx.merge(start.graph, start.state)
     graph, params, constants = nnx.split(network, nnx.Param, Constant)
-    sets = (jnp.asarray(latents),) if encoded is None else (jnp.asarray(latents), jnp.asarray(encoded))
+    sets = tuple(jnp.asarray(x.reshape(len(x), -1)) for x in (latents, encoded) if x is not None)
     total = float(latents.reshape(len(latents), -1).astype(np.float64).var(0).sum())
     described = dataclasses.asdict(recipe) | {"start": start is not None} | (description or {})
     del described["codec"]["dtype"], described["num_validation"]  # neither changes the run

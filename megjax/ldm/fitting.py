@@ -178,7 +178,7 @@ def train_unet(
     empty = jnp.asarray(tokenize(tokenizer, [""])[0])
     levels = alphas_cumprod(configs.scheduler)
     share = recipe.unet.batch // recipe.unet.num_shards
-    loss_fn = stages.unet_loss((text_graph, unet_graph), levels, factor, share, empty)
+    loss_fn = stages.unet_loss((text_graph, unet_graph), levels, factor, host["mean"].shape[1:], share, empty)
     description = {
         "image_size": recipe.image_size,
         "widths": recipe.unet_widths,
@@ -202,7 +202,7 @@ def train_unet(
         fit(
             loss_fn,
             (text_params, unet_params),
-            jax.tree.map(jnp.asarray, host),
+            {name: jnp.asarray(x if name == "ids" else x.reshape(len(x), -1)) for name, x in host.items()},
             recipe.unet.fit,
             folder / "unet",
             num_shards=recipe.unet.num_shards,

@@ -79,14 +79,15 @@ def unet_loss(
     graphs: tuple[nnx.GraphDef, nnx.GraphDef],
     alpha_bars: Float[np.ndarray, " t"],
     scaling_factor: float,
+    latent_shape: tuple[int, int, int],
     batch: int,
     empty_ids: Int[Array, " l"],
 ) -> Callable:
     """Mean squared error of the velocity (Salimans and Ho 2022, section 4) of noised latents, text encoder included.
 
-    `data` holds the posterior `mean` and `log_variance` [n h w c] of each training image and the `ids` [n p l] of its
-    captions; `alpha_bars` is the schedule's host table. A step draws images, captions, posterior samples, timesteps and
-    noise.
+    `data` holds the posterior `mean` and `log_variance` of each training image, latents [h w c] as rows [n h*w*c],
+    which a TPU draws without copying the set, and the `ids` [n p l] of its captions; `alpha_bars` is the schedule's
+    host table. A step draws images, captions, posterior samples, timesteps and noise.
     """
 
     def loss_fn(params, data, key):
@@ -96,7 +97,7 @@ def unet_loss(
         ids = data["ids"][rows, jax.random.randint(keys[1], (batch,), 0, phrasings)].astype(jnp.int32)
         dropped = jax.random.bernoulli(keys[2], CAPTION_DROPOUT, (batch, 1))
         ids = jnp.where(dropped, empty_ids[None], ids)
-        mean, log_variance = data["mean"][rows], data["log_variance"][rows]
+        mean, log_variance = (data[name][rows].reshape(-1, *latent_shape) for name in ("mean", "log_variance"))
         clean = scaling_factor * (mean + jnp.exp(0.5 * log_variance) * jax.random.normal(keys[3], mean.shape))
         timesteps = jax.random.randint(keys[4], (batch,), 0, len(alpha_bars))
         noise = jax.random.normal(keys[5], clean.shape)

@@ -27,6 +27,8 @@ _LOG_RANGE = -20.0, 3.7
 _SAMPLES, _SAMPLE_NODES = 2**17, 2**10
 TABLE_SIZE, _TABLE_STEP = 512, 0.08
 _BISECTIONS = 50
+_PRICE_BISECTIONS = 32
+"""Leave 1e-8 of the table's range of 41 in the logarithm of a price, less than float32 resolves."""
 
 
 class GainLaw(NamedTuple):
@@ -129,7 +131,10 @@ def static_power(
     def power(log_price):
         place = jnp.clip((log_worth - log_price) / _TABLE_STEP, 0, TABLE_SIZE - 1.001)
         index = place.astype(jnp.int32)
-        left, right = table.log_snr[index], table.log_snr[index + 1]
+        # Indices are in bounds: checks of them, which a TPU keeps in main memory, cost more than the look-up.
+        left, right = (
+            table.log_snr.at[i].get(mode="promise_in_bounds", wrap_negative_indices=False) for i in (index, index + 1)
+        )
         load = jnp.expm1(left + (place - index) * (right - left)) / snr
         return jnp.where(useful, jnp.minimum(load, max_power), 0.0)
 
@@ -140,7 +145,7 @@ def static_power(
         return jnp.where(affordable, low, middle), jnp.where(affordable, middle, high)
 
     bracket = highest - (TABLE_SIZE - 1) * _TABLE_STEP, highest
-    spent = power(jax.lax.fori_loop(0, _BISECTIONS, halve, bracket)[1])
+    spent = power(jax.lax.fori_loop(0, _PRICE_BISECTIONS, halve, bracket)[1])
     # What rounding left over goes to all in proportion, as far as the peak allows.
     total = jnp.sum(spent)
     return jnp.minimum(spent * (energy / jnp.where(total > 0, total, 1.0)), max_power)

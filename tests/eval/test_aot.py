@@ -55,12 +55,12 @@ def test_jobs_of_the_bundled_model_lower(job, unchecked):
     assert "func.func public @main" in program.lower().as_text()
 
 
-@pytest.mark.parametrize(("model", "images"), [("sd15", 32), ("sd21", 8), ("scenes", 2048)])
+@pytest.mark.parametrize(("model", "images"), [("sd15", 64), ("sd21", 16), ("scenes", 4096)])
 def test_batches_follow_the_size_of_images(model, images):
     """512x512, 768x768 and 64x64; the file's batch is for the first."""
     config = TpuConfig.from_file(FOLDER / "v5e-8.json")
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
-    assert config.batch.generate == 32 and aot_jobs.Jobs(config, mesh, model)._count("generate") == images
+    assert config.batch.generate == 64 and aot_jobs.Jobs(config, mesh, model)._count("generate") == images
 
 
 def test_bad_arguments(tmp_path):
@@ -150,19 +150,32 @@ def test_tables_of_latency_and_effort(tmp_path):
     memory = {"arguments": 2**30, "temporaries": 2**30, "code": 2**20, "total": 2**31, "hbm": 2**34}
     one = {"job": "latency", "model": "sd15", "topology": "v5e:2x4", "devices": 1, "batch": 1, "collectives": []}
     one |= {"roofline_seconds": bounds, "memory": memory, "mesh": {"data": 1, "tensor": 1}, "items": 1, "unit": "image"}
-    one |= {"flops": 1e12, "bytes_accessed": 1e9, "bound": "memory", "items_per_second": 1.0, "compile_seconds": 3.0}
+    one |= {
+        "flops": 1e12,
+        "bytes_accessed": 1e9,
+        "causes": {"gradient of dot_general": 5e8, "copy": 1e8},
+        "bound": "memory",
+        "items_per_second": 1.0,
+        "compile_seconds": 3.0,
+    }
     one |= {"identity": {"jax": "0", "libtpu": "0", "effort": -1.0}}
     two = one | {"devices": 2, "mesh": {"data": 1, "tensor": 2}}
     two |= {"roofline_seconds": {"compute": 5e-4, "memory": 1e-3, "interconnect": 1e-3}}
     job = one | {"job": "generate"}
     usual = job | {"identity": one["identity"] | {"effort": 0.0}, "compile_seconds": 12.0}
+    folder = tmp_path / "aot"
+    folder.mkdir()
     for i, result in enumerate((one, two, job, usual)):
-        write_json(tmp_path / f"{i}.json", result)
-    aot_tables.write(tmp_path, tmp_path / "tpu.md")
+        write_json(folder / f"{i}.json", result)
+    earlier = job | {"items": 4, "bytes_accessed": 8e9, "bound": "compute"}
+    write_json(tmp_path / "aot-before.json", {"commit": "abc", "results": [earlier]})
+    aot_tables.write(folder, tmp_path / "tpu.md")
     text = (tmp_path / "tpu.md").read_text()
     assert "| v5e:2x4 | 2 | 1 | 2 | 1.00 | 0 | 0 MB | 1 ms | 2 ms | 2.0 |" in text
-    assert "| generate | sd15 | v5e:2x4 | 0 | 1.00 GiB | 1 MiB | 12% | 1 | 12 s |" in text
+    assert "| generate | sd15 | v5e:2x4 | 0 | 1.00 GiB | 1 MiB | 12% | 1 | 4 ms | 12 s |" in text
     assert text.count("| generate | sd15 | v5e:2x4 | 1 image |") == 1
+    assert "| generate | sd15 | v5e | 1 | gradient of dot_general 50%, copy 10% |" in text
+    assert "| generate | sd15 | v5e:2x4 | 4 | 1 | 1.00 | 1.00 | 12% | 12% | 2e+03 | 1e+03 | 1e+03 us, compute |" in text
 
 
 @needs_libtpu
