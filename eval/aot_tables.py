@@ -29,8 +29,8 @@ without one, from shapes alone, and XLA's analysis of the compiled program was r
   Diffusion 2.1, a quarter as many) in 25 guided steps from token ids to pixels; `ldm`, `codec` and `power` are one
   training step; `sweep` takes latents through codec, Rayleigh fading and decoders at a rate of 4.
 """
-BEFORE = "-before.json"
-"""What follows the folder's name in the name of the file with the results of an earlier version."""
+BEFORE, GPU = "-before.json", "-gpu.json"
+"""What follows the folder's name in those of the files with results of an earlier version, and of `eval.aot_gpu`."""
 HEADER = (
     "| job | model | topology | per call | arguments | temporaries | code | HBM | TFLOP | GB | sent "
     "| bound | time | at most |\n"
@@ -51,6 +51,8 @@ def write(folder: Path, path: Path) -> None:
         body += f"\n## {name}\n\n{HEADER}{''.join(rows)}" if rows else ""
     earlier = folder.with_name(folder.name + BEFORE)
     body += latency_table(latency) + weak_scaling(results) + effort_table(found, quick) + causes_table(results)
+    gpu = folder.with_name(folder.name + GPU)
+    body += gpu_table(read_json(gpu)) if gpu.is_file() else ""
     body += (before_table(read_json(earlier), results) if earlier.is_file() else "") + collectives(results)
     write_text(path, body)
 
@@ -70,10 +72,36 @@ def causes_table(results: list[dict[str, Any]]) -> str:
         "| job | model | chip | GB | of which |\n| --- | --- | --- | ---: | --- |\n"
     )
     for (job, model, chip), r in smallest.items():
-        total = r["bytes_accessed"]
-        shares = ", ".join(f"{name} {size / total:.0%}" for name, size in causes(r))
-        body += f"| {job} | {model} | {chip} | {total / 1e9:.3g} | {shares} |\n"
+        body += f"| {job} | {model} | {chip} | {r['bytes_accessed'] / 1e9:.3g} | {_shares(r)} |\n"
     return body
+
+
+def gpu_table(results: dict[str, dict[str, Any]]) -> str:
+    """Bytes by cause of the jobs that `eval.aot_gpu` compiled."""
+    body = (
+        "\n## What moves the bytes on a GPU\n\n"
+        "Compiled for one NVIDIA H200 without one, by `make aot-gpu`, hence with kernels chosen untimed. Products are\n"
+        "XLA's own or cuBLAS's; a call of a library counts with its operands and results.\n\n"
+        "| job | model | per call | products | temporaries | GB | at peak bandwidth | of which |\n"
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | --- |\n"
+    )
+    for r in results.values():
+        cells = (
+            r["job"],
+            r["model"],
+            f"{r['items']:,} {r['unit']}",
+            r["products"],
+            f"{r['temporaries'] / GIB:.2f} GiB",
+            f"{r['bytes_accessed'] / 1e9:.3g}",
+            f"{1e3 * r['memory_seconds']:.3g} ms",
+            _shares(r),
+        )
+        body += "| " + " | ".join(cells) + " |\n"
+    return body
+
+
+def _shares(r: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {size / r['bytes_accessed']:.0%}" for name, size in causes(r))
 
 
 def causes(r: dict[str, Any]) -> list[tuple[str, float]]:
