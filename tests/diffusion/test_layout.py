@@ -16,7 +16,7 @@ from megjax.diffusion.clip import CLIPTextConfig, CLIPTextModel
 from megjax.diffusion.generation import Graphs
 from megjax.diffusion.layers import ShapeRngs
 from megjax.diffusion.pipeline import Configs, StableDiffusion
-from megjax.diffusion.schedules import CLASS_NAMES, SchedulerConfig
+from megjax.diffusion.scheduler_config import CLASS_NAMES, SchedulerConfig
 from megjax.diffusion.tokenization import load_tokenizer, train_tokenizer
 from megjax.diffusion.unet import UNet2DConditionModel, UNetConfig
 from megjax.diffusion.vae import AutoencoderKL, VAEConfig
@@ -219,7 +219,10 @@ def test_folder_without_index(tmp_path, monkeypatch):
         ({"vae": None}, "vae is None"),
         ({"unet": "absent"}, r"missing components is \['unet'\]"),
         ({"scheduler": "absent"}, r"missing components is \['scheduler'\]"),
-        ({"scheduler": ["diffusers", "LMSDiscreteScheduler"]}, "LMSDiscreteScheduler.*PNDMScheduler"),
+        ({"scheduler": ["mine", "PNDMScheduler"]}, "scheduler is .*mine.*name of a scheduler class"),
+        ({"scheduler": ["diffusers", "PNDM"]}, "_class_name='PNDM'"),
+        ({"_class_name": "StableDiffusionLDM3DPipeline"}, "LDM3DPipeline'; it must be .*'StableDiffusionPipeline'"),
+        ({"_class_name": "absent"}, "_class_name is None; it must be"),
         ({"scheduler": None}, "scheduler is None"),
     ],
 )
@@ -254,7 +257,7 @@ def test_diffusers_overrides_of_old_scheduler_settings(folder):
         ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act.*relu"),
         ("text_encoder/config.json", {"vocab_size": 500}, r"text_encoder does not fit.*token_embedding"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type.*flow"),
-        ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "cosine"}, "beta_schedule.*cosine"),
         ("tokenizer/tokenizer_config.json", {"model_max_length": LIMIT + 1}, "model_max_length is 9.*at most 8"),
     ],
 )
