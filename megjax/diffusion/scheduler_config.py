@@ -180,12 +180,11 @@ class SchedulerConfig:
     def from_dict(cls, d: Mapping[str, Any]) -> "SchedulerConfig":
         """Reads the content of a scheduler_config.json; keys that start with "_" other than `_class_name` are skipped.
 
-        The class may be one that has no sampler here, if the file says what its noise schedule is. Keys that no sampler
-        reads are ignored with a warning.
+        The class may be one that has no sampler here; where its file does not say what the noise schedule is, defaults
+        are taken with a warning. Keys that no sampler reads are ignored with a warning.
 
         Raises:
-          ValueError: `_class_name` is missing, the class is unknown and the noise schedule not given, or a setting of
-            the noise schedule has a value that is not supported.
+          ValueError: `_class_name` is missing or no scheduler class, or a setting of the noise schedule is not supported.
         """
         class_name = d.get("_class_name")
         if not isinstance(class_name, str) or not class_name.endswith("Scheduler"):
@@ -201,9 +200,10 @@ class SchedulerConfig:
             warnings.warn(f"scheduler settings that {class_name} does not read are ignored: {listed}", stacklevel=2)
         absent = [key for key in _SCHEDULE_KEYS if key not in values]
         if sampler not in SAMPLERS and absent and values.get("trained_betas") is None:
-            raise ValueError(
-                f"_class_name={class_name!r} is not supported without {', '.join(absent)}: it must be one of "
-                f"{tuple(CLASS_NAMES.values())}, or a class whose file gives the noise schedule"
+            warnings.warn(
+                f"the settings of {class_name} do not say {', '.join(absent)}: the defaults of diffusers' other "
+                "schedulers are taken, which may not be what the model was trained with",
+                stacklevel=2,
             )
         fields = {key: value for key, value in values.items() if key in types}
         for key, value in fields.items():
