@@ -184,7 +184,7 @@ class SchedulerConfig:
         are taken with a warning. Keys that no sampler reads are ignored with a warning.
 
         Raises:
-          ValueError: `_class_name` is missing or no scheduler class, or a setting of the noise schedule is not supported.
+          ValueError: `_class_name` is missing or no scheduler class, or the noise schedule is not supported.
         """
         class_name = d.get("_class_name")
         if not isinstance(class_name, str) or not class_name.endswith("Scheduler"):

@@ -155,16 +155,6 @@ def opened(saved):
     return config
 
 
-@pytest.mark.parametrize("target", [*CLASS_NAMES.values(), *(n for n in OTHERS if "KDPM2" not in n)])
-def test_swapped_schedulers_open(target):
-    """From every class to every other, but for KDPM2's, which take diffusers half a second to build."""
-    for source in (*CLASS_NAMES.values(), *OTHERS):
-        if source != target and (saved := saved_swap(source, target)) is not None:
-            config = opened(saved)
-            assert config.class_name == target, source
-            assert (config.sampler in SAMPLERS) == (target in CLASS_NAMES.values())
-
-
 @pytest.mark.parametrize("source", OTHERS)
 def test_every_sampler_reads_the_file_of_a_class_without_one_as_diffusers_does(source):
     saved = saved_default(source)
@@ -181,6 +171,16 @@ def test_every_sampler_reads_the_file_of_a_class_without_one_as_diffusers_does(s
                 assert getattr(ours, field.name) == reference[field.name], (name, field.name)
     with pytest.raises(ValueError, match=f"{source}.*'ddim'.*'dpm"):
         config.for_sampler(config.sampler)
+
+
+@pytest.mark.parametrize("target", [*CLASS_NAMES.values(), *(n for n in OTHERS if "KDPM2" not in n)])
+def test_swapped_schedulers_open(target):
+    """From every class to every other, but for KDPM2's, which take diffusers half a second to build."""
+    for source in (*CLASS_NAMES.values(), *OTHERS):
+        if source != target and (saved := saved_swap(source, target)) is not None:
+            config = opened(saved)
+            assert config.class_name == target, source
+            assert (config.sampler in SAMPLERS) == (target in CLASS_NAMES.values())
 
 
 def test_a_class_whose_file_gives_no_noise_schedule_takes_the_defaults_with_a_warning():
