@@ -25,7 +25,8 @@ from megjax.diffusion.generation import Graphs
 from megjax.diffusion.layers import ShapeRngs
 from megjax.diffusion.pipeline import Configs
 from megjax.diffusion.samplers import make_sampler
-from megjax.diffusion.schedules import SchedulerConfig, alphas_cumprod
+from megjax.diffusion.scheduler_config import SchedulerConfig
+from megjax.diffusion.schedules import alphas_cumprod
 from megjax.diffusion.unet import UNet2DConditionModel, UNetConfig
 from megjax.diffusion.vae import AutoencoderKL, VAEConfig
 from megjax.ldm.stages import unet_loss

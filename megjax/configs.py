@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 Config = TypeVar("Config")
 
 
-def _freeze(value: Any) -> Any:
-    return tuple(_freeze(item) for item in value) if isinstance(value, list) else value
+def freeze(value: Any) -> Any:
+    """`value` with its lists, and those within them, as tuples."""
+    return tuple(freeze(item) for item in value) if isinstance(value, list) else value
 
 
 def require(condition: bool, name: str, value: Any, allowed: str) -> None:
@@ -39,10 +40,10 @@ def from_mapping(
     known = {}
     for key, value in values.items():
         if key in fields:
-            known[key] = _freeze(value)
+            known[key] = freeze(value)
         elif key in only:
             allowed = only[key]
-            require(_freeze(value) == allowed, f"{source}: {key}", value, f"{allowed!r} (nothing else is supported)")
+            require(freeze(value) == allowed, f"{source}: {key}", value, f"{allowed!r} (nothing else is supported)")
         elif not key.startswith("_") and key not in ignored:
             raise ValueError(f"{source}: unknown setting {key!r} = {value!r}")
     try:
@@ -75,10 +76,21 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        require_content(path)
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a JSON {type(values).__name__}; it must be an object")
     return values
+
+
+def require_content(path: Path) -> None:
+    """ValueError if the file `path` is a Git LFS pointer, which stands for content that was not downloaded."""
+    with path.open("rb") as file:
+        pointer = file.read(40).startswith(b"version https://git-lfs.github.com/")
+    if pointer:
+        raise ValueError(
+            f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull` in its folder"
+        )
 
 
 def write_json(path: Path, values: Any) -> None:

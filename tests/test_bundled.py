@@ -9,7 +9,7 @@ from megjax.codec import SeedCodec
 from megjax.diffusion.generation import image_keys
 from megjax.diffusion.layout import ASSETS
 from megjax.diffusion.pipeline import StableDiffusion
-from megjax.diffusion.schedules import SAMPLERS
+from megjax.diffusion.scheduler_config import SAMPLERS
 from megjax.ldm.quality import measure
 from megjax.metrics import SceneNet
 

@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from megjax.configs import read_json, require
+from megjax.configs import read_json, require, require_content
 
 UNET_WEIGHTS = "diffusion_pytorch_model"
 TEXT_WEIGHTS = "model"
@@ -34,45 +34,57 @@ def text_name(name: str) -> str | None:
     return None if name == "embeddings.position_ids" else name
 
 
+def find_weights(folder: Path, stem: str, variant: str | None) -> list[Path]:
+    """The safetensors files of one model, single or sharded, so marked (None: not marked); none where it has none.
+
+    Raises ValueError if a shard is missing.
+    """
+    dotted = f".{variant}" if variant else ""
+    single = folder / f"{stem}{dotted}.safetensors"
+    if single.is_file():
+        return [single]
+    for index in (folder / f"{stem}.safetensors.index{dotted}.json", folder / f"{stem}{dotted}.safetensors.index.json"):
+        if index.is_file():
+            mapped = read_json(index).get("weight_map")
+            names = sorted(set(map(str, mapped.values()))) if isinstance(mapped, dict) else []
+            absent = [name for name in names if not (folder / name).is_file()]
+            require(bool(names) and not absent, f"{index}: shards", absent or names, "files beside the index")
+            return [folder / name for name in names]
+    return []
+
+
 def weight_files(folder: Path, stem: str, variant: str | None = None) -> list[Path]:
-    """The safetensors files of one model: single or sharded, of `variant` (None: full precision, else fp16).
+    """The safetensors files of one model: of `variant` where there are, else plain ones (None: plain, else fp16).
 
     Raises ValueError if there are none, if a shard is missing, or if there are only pickles.
     """
     require(folder.is_dir(), "model folder", str(folder), "an existing folder")
-    for tag in (variant,) if variant else (None, "fp16"):
-        dotted = f".{tag}" if tag else ""
-        single = folder / f"{stem}{dotted}.safetensors"
-        if single.is_file():
-            return [single]
-        for index in (
-            folder / f"{stem}.safetensors.index{dotted}.json",
-            folder / f"{stem}{dotted}.safetensors.index.json",
-        ):
-            if index.is_file():
-                mapped = read_json(index).get("weight_map")
-                names = sorted(set(map(str, mapped.values()))) if isinstance(mapped, dict) else []
-                absent = [name for name in names if not (folder / name).is_file()]
-                require(bool(names) and not absent, f"{index}: shards", absent or names, "files beside the index")
-                return [folder / name for name in names]
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        raise ValueError(
-            f"{folder} holds only pickled weights ({', '.join(pickles)}), which are refused because loading "
-            "one can run any code; convert them where you trust them, with diffusers: "
-            "StableDiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True)"
-        )
-    wanted = f"{stem}{'.' + variant if variant else ''}.safetensors"
-    raise ValueError(f"{folder} holds no {wanted}, nor an index of its shards")
+    for tag in (variant, None) if variant else (None, "fp16"):
+        if files := find_weights(folder, stem, tag):
+            return files
+    if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
+        raise pickles_refused(str(folder), pickles, str(folder.parent))
+    marked = f"{stem}.{variant}.safetensors or " if variant else ""
+    raise ValueError(f"{folder} holds no {marked}{stem}.safetensors, nor an index of its shards")
+
+
+def pickles_refused(where: str, names: list[str], model: str) -> ValueError:
+    """The error for a folder or repository of `model`, whose weights `names` are all pickled."""
+    return ValueError(
+        f"{where} holds only pickled weights ({', '.join(names)}), which are refused because loading "
+        "one can run any code; convert them where you trust them, with diffusers: "
+        f"StableDiffusionPipeline.from_pretrained({model!r}).save_pretrained(new_folder, safe_serialization=True)"
+    )
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of one safetensors file, one at a time; ValueError naming the file if it is damaged."""
+    """The tensors of one safetensors file, one at a time; ValueError naming the file if it is damaged or a pointer."""
     try:
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
+        require_content(path)
         raise ValueError(f"{path} is not a whole safetensors file (truncated or corrupted): {error}") from None
 
 

@@ -16,7 +16,7 @@ from megjax.diffusion import generation, layout
 from megjax.diffusion.clip import CLIPTextConfig
 from megjax.diffusion.generation import Graphs
 from megjax.diffusion.samplers import Sampler, make_sampler
-from megjax.diffusion.schedules import SAMPLERS, SchedulerConfig
+from megjax.diffusion.scheduler_config import SAMPLERS, SchedulerConfig
 from megjax.diffusion.tokenization import load_tokenizer, save_tokenizer, tokenize
 from megjax.diffusion.unet import UNetConfig
 from megjax.diffusion.vae import VAEConfig
@@ -77,7 +77,8 @@ class StableDiffusion:
           dtype: of activations, float32 or bfloat16 (float16 also runs; the VAE then stays in float32 if it asks so).
             Products of float32 are as exact as `jax.default_matmul_precision` asks when a method is called.
           param_dtype: of the parameters in memory.
-          variant: "fp16" for files so marked; None takes full precision, else fp16.
+          variant: "fp16" or "non_ema" for the files so marked of the networks that have some, and the plain ones of the
+            others; None takes full precision, else fp16.
 
         Raises:
           ValueError: no such folder or model, a pipeline or setting that is not supported, pickled or damaged weights,
@@ -89,7 +90,7 @@ class StableDiffusion:
         folder = layout.locate(path_or_hub_id, variant)
         configs = Configs(
             CLIPTextConfig.from_dict(layout.component_config(folder, "text_encoder"), dtype),
-            UNetConfig.from_dict(layout.component_config(folder, "unet"), dtype),
+            layout.unet_config(folder, dtype),
             VAEConfig.from_dict(layout.component_config(folder, "vae"), dtype),
             layout.scheduler_config(folder),
         )
@@ -138,7 +139,8 @@ class StableDiffusion:
     def sampler(self, sampler: str | None = None, num_steps: int = 25, eta: float = 0.0) -> Sampler:
         """The schedule of a sampler ("ddim", "pndm", "euler", "euler_ancestral", "dpm++"; None: the checkpoint's)."""
         name = self.configs.scheduler.sampler if sampler is None else sampler
-        require(name in SAMPLERS, "sampler", name, f"one of {SAMPLERS}")
+        whose = "the checkpoint's own sampler" if sampler is None else "sampler"
+        require(name in SAMPLERS, whose, name, f"one of {SAMPLERS}" + ", named by `sampler=`" * (sampler is None))
         require(isinstance(num_steps, int) and num_steps >= 1, "num_steps", num_steps, "an integer of at least 1")
         return self._sampler(name, num_steps, float(eta))
 

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from megjax.configs import require
-from megjax.diffusion.schedules import SchedulerConfig, alphas_cumprod, prediction_weights
+from megjax.diffusion.scheduler_config import SchedulerConfig
+from megjax.diffusion.schedules import alphas_cumprod, prediction_weights
 
 
 def timestep_of_level(table: Float[Array | np.ndarray, " n"], alpha_bar: Float[Array, "*b"]) -> Float[Array, "*b"]:

@@ -10,19 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from megjax.diffusion.schedules import (
-    SchedulerConfig,
-    alphas_cumprod,
-    inference_timesteps,
-    prediction_weights,
-)
+from megjax.diffusion import pndm
+from megjax.diffusion.scheduler_config import SchedulerConfig
+from megjax.diffusion.schedules import alphas_cumprod, inference_timesteps, prediction_weights
 from megjax.pytrees import pytree_dataclass, static
 
-# Adams-Bashforth weights of the current and the last three outputs, by how many of the last three are known
-# (Liu et al. 2022, PNDM, eq. 9 and appendix; the first row is a plain DDIM step).
-_PLMS_WEIGHTS = np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24
-
-_HISTORY = {"pndm": 4, "dpm++": 1}  # arrays of the latent's shape that the solver remembers
+# Arrays of the latent's shape that the solver remembers; PNDM's Runge-Kutta steps take one more.
+_HISTORY = {"pndm": 4, "dpm++": 1}
 
 
 @functools.partial(pytree_dataclass, eq=False)
@@ -30,9 +24,10 @@ class Sampler:
     """Host-made float32 tables of one sampler at one number of steps; a pytree whose tables are leaves.
 
     Every sampler here is, at step i with model output m, x0 = x0_weights[i] . (x, m), eps = epsilon_weights[i] . (x, m)
-    and x_next = output_weights[i] . (x0, eps, noise, x0 - previous x0). PNDM first replaces m by a combination of past
-    outputs. "euler" and "euler_ancestral" keep diffusers' sigma space, x = x_VP sqrt(1 + sigma^2) with
-    sigma^2 = (1 - alpha-bar) / alpha-bar (`to_vp`, `from_vp` convert); the others are variance preserving.
+    and x_next = output_weights[i] . (x0, eps, noise, x0 - previous x0). PNDM first replaces m by a combination of
+    outputs, and its first k calls give x_next = start_weights[call, i] . (x at the step's beginning, m). "euler" and
+    "euler_ancestral" keep diffusers' sigma space, x = x_VP sqrt(1 + sigma^2) with sigma^2 = (1 - alpha-bar) / alpha-bar
+    (`to_vp`, `from_vp` convert); the others are variance preserving.
     """
 
     timesteps: Shaped[
@@ -42,9 +37,10 @@ class Sampler:
     x0_weights: Float[Array | np.ndarray, "n 2"]
     epsilon_weights: Float[Array | np.ndarray, "n 2"]
     output_weights: Float[Array | np.ndarray, "n 4"]
+    start_weights: Float[Array | np.ndarray, "k m 2"]  # m = n for PNDM, else k = m = 0
     init_noise_sigma: Float[Array | np.ndarray, ""]
     name: str = static()
-    num_steps: int = static()  # model calls: PNDM makes one more than asked for, as diffusers does
+    num_steps: int = static()  # model calls: PNDM makes one more than asked for (Runge-Kutta: nine), as diffusers does
     stochastic: bool = static()
     clip_range: float | None = static()
 
@@ -54,7 +50,8 @@ class SolverState:
     """What a multi-step solver remembers, with fixed shapes.
 
     `history` is [k *latent]: nothing (k = 0), the previous x0 ("dpm++", k = 1), or the last three model outputs, newest
-    first, and the previous step's input ("pndm", k = 4). `count` is how many outputs it has taken in since its start.
+    first, and the input of the step they belong to ("pndm", k = 4), with Runge-Kutta steps also the sum of outputs
+    (k = 5). `count` is how many outputs it has taken in since its start.
     """
 
     history: Float[Array, "k *d"]
@@ -65,10 +62,11 @@ def make_sampler(config: SchedulerConfig, sampler: str, num_steps: int, eta: flo
     """Builds the tables of `sampler` for `num_steps` steps, in float64 on the host.
 
     Args:
-      config: the model's noise schedule; fields the sampler's class lacks are not read, as in diffusers' `from_config`.
-      sampler: "ddim" (Song et al. 2021, eq. 12), "pndm" (Liu et al. 2022, without Runge-Kutta steps), "euler" and
-        "euler_ancestral" (Karras et al. 2022, algorithm 2 without churn; its ancestral form from k-diffusion), or
-        "dpm++" (Lu et al. 2022, DPM-Solver++(2M), algorithm 2). Karras sigmas come with `config.use_karras_sigmas`.
+      config: the model's noise schedule; settings the sampler's class lacks are not read, as in diffusers.
+      sampler: "ddim" (Song et al. 2021, eq. 12), "pndm" (Liu et al. 2022, with Runge-Kutta steps unless
+        `config.skip_prk_steps`), "euler" and "euler_ancestral" (Karras et al. 2022, algorithm 2 without churn; its
+        ancestral form from k-diffusion), or "dpm++" (Lu et al. 2022, DPM-Solver++(2M), algorithm 2). Karras sigmas come
+        with `config.use_karras_sigmas`.
       num_steps: as diffusers' num_inference_steps.
       eta: DDIM's noise, 0 (deterministic) to 1 (ancestral).
 
@@ -79,9 +77,11 @@ def make_sampler(config: SchedulerConfig, sampler: str, num_steps: int, eta: flo
     if not 0 <= eta <= 1 or (eta > 0 and sampler != "ddim"):
         raise ValueError(f"eta={eta!r} is not supported; it must be in [0, 1], and 0 for samplers other than 'ddim'")
     timesteps = inference_timesteps(config, num_steps)
+    start_weights = np.zeros((0, 0, 2))
     sigma_space = sampler.startswith("euler")
     if sampler in ("ddim", "pndm"):
-        timesteps, level, level_from, level_to = _discrete_levels(config, timesteps)
+        timesteps, level_from, level_to, start_weights = _discrete_levels(config, timesteps)
+        level = np.append(level_from, level_to[-1])
     else:
         timesteps, sigmas = _sigmas(config, timesteps)
         level = 1 / (1 + sigmas**2)
@@ -109,6 +109,7 @@ def make_sampler(config: SchedulerConfig, sampler: str, num_steps: int, eta: flo
         x0_weights=x0_weights.astype(np.float32),
         epsilon_weights=epsilon_weights.astype(np.float32),
         output_weights=output_weights.astype(np.float32),
+        start_weights=start_weights.astype(np.float32),
         init_noise_sigma=np.asarray(init_noise_sigma, np.float32),
         name=sampler,
         num_steps=len(timesteps),
@@ -118,22 +119,21 @@ def make_sampler(config: SchedulerConfig, sampler: str, num_steps: int, eta: flo
 
 
 def _discrete_levels(config: SchedulerConfig, timesteps: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Timesteps, and alpha-bar as the input has it [n+1], and as each step goes from [n] and to [n]: DDIM and PNDM.
+    """Timesteps [n], alpha-bar as each step goes from [n] and to [n], and PNDM's weights of its first calls [k n 2].
 
-    A step spans num_train_timesteps // num_steps timesteps whatever the spacing, as in diffusers. PNDM visits its
-    second timestep twice: the second visit repeats the first step with the mean of both outputs.
+    A step spans num_train_timesteps // num_steps timesteps whatever the spacing, as in diffusers.
     """
     table = alphas_cumprod(config)
     final = 1.0 if config.set_alpha_to_one else table[0]
     timesteps = timesteps.astype(np.int64)
     span = config.num_train_timesteps // len(timesteps)
-    step_from = timesteps
-    if config.sampler == "pndm" and len(timesteps) > 1:
-        step_from = timesteps = np.insert(timesteps, 1, timesteps[1])
-        step_from = np.concatenate([step_from[:1], step_from[1:2] + span, step_from[2:]])
-    step_to = step_from - span
+    start_weights = np.zeros((0, 0, 2))
+    if config.sampler == "pndm":
+        timesteps = pndm.visited(config, timesteps)
+        start_weights = pndm.start_weights(config, timesteps, span, table, final)
+    step_to = timesteps - span
     level_to = np.where(step_to >= 0, table[np.maximum(step_to, 0)], final)
-    return timesteps, np.append(table[timesteps], level_to[-1]), table[step_from], level_to
+    return timesteps, table[timesteps], level_to, start_weights
 
 
 def _sigmas(config: SchedulerConfig, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -144,14 +144,13 @@ def _sigmas(config: SchedulerConfig, timesteps: np.ndarray) -> tuple[np.ndarray,
     all_sigmas = np.sqrt((1 - table) / table)
     steps = np.arange(len(table))
     sigmas = np.interp(timesteps, steps, all_sigmas)
-    if config.use_karras_sigmas and config.sampler != "euler_ancestral":
+    if config.use_karras_sigmas:
         ends = all_sigmas[[-1, 0]] if config.sampler == "dpm++" else sigmas[[0, -1]]
         sigmas = _karras(config.sigma_max or ends[0], config.sigma_min or ends[1], len(timesteps))
         timesteps = np.interp(np.log(sigmas), np.log(all_sigmas), steps)
         if config.sampler == "dpm++" and config.beta_schedule != "squaredcos_cap_v2":
             timesteps = np.round(timesteps)  # the cast to integers cuts those of the cosine schedule, as in diffusers
-    keep_last = config.final_sigmas_type == "sigma_min" and config.sampler != "euler_ancestral"
-    return timesteps, np.append(sigmas, all_sigmas[0] if keep_last else 0.0)
+    return timesteps, np.append(sigmas, all_sigmas[0] if config.final_sigmas_type == "sigma_min" else 0.0)
 
 
 def _karras(sigma_max: float, sigma_min: float, num: int) -> np.ndarray:
@@ -218,8 +217,8 @@ def scale_input(sampler: Sampler, x: Float[Array, "b *d"], i: Int[Array, ""] | i
 
 def init_state(sampler: Sampler, shape: tuple[int, ...]) -> SolverState:
     """The state of a solver that starts, or restarts at any step, on latents of this shape."""
-    history = jnp.zeros((_HISTORY.get(sampler.name, 0), *shape), jnp.float32)
-    return SolverState(history=history, count=jnp.zeros((), jnp.int32))
+    size = _HISTORY.get(sampler.name, 0) + (sampler.start_weights.shape[0] == pndm.RUNGE_KUTTA_CALLS)
+    return SolverState(history=jnp.zeros((size, *shape), jnp.float32), count=jnp.zeros((), jnp.int32))
 
 
 def step(
@@ -232,15 +231,16 @@ def step(
 ) -> tuple[Float[Array, "b *d"], SolverState]:
     """Step `i`, which may be traced, from its input `x` and the model's output for it, in float32.
 
-    A fresh `state` makes it a first-order step, whatever `i`. PNDM's step 1 only corrects step 0: started there, it
-    leaves `x` unchanged, which is at the level where step 2 begins. `noise` has unit variance and is read by stochastic
+    A fresh `state` makes it a first-order step, whatever `i`. PNDM's second step since then only corrects the first, as
+    if both had the timesteps of steps 0 and 1, and its Runge-Kutta steps are always those from the first timestep: so
+    does diffusers where image-to-image generation starts late. `noise` has unit variance and is read by stochastic
     samplers only.
     """
     if sampler.stochastic and noise is None:
         raise ValueError("noise=None is not supported by a stochastic sampler; it must be an array of the shape of x")
     x, output = jnp.asarray(x, jnp.float32), jnp.asarray(model_output, jnp.float32)
     if sampler.name == "pndm":
-        return _plms_step(sampler, state, output, i, x)
+        return _pndm_step(sampler, state, output, i, x)
     x0, epsilon = _predictions(sampler, i, x, output)
     weights = jnp.asarray(sampler.output_weights)[i]
     result = weights[0] * x0 + weights[1] * epsilon
@@ -260,20 +260,21 @@ def _predictions(sampler: Sampler, i: Any, x: Array, output: Array) -> tuple[Arr
     return x0, of_epsilon[0] * x + of_epsilon[1] * output
 
 
-def _plms_step(sampler: Sampler, state: SolverState, output: Array, i: Any, x: Array) -> tuple[Array, SolverState]:
-    """Pseudo linear multi-step (Liu et al. 2022, eqs. 11 and 12); the transfer part is the DDIM step."""
-    past, started = state.history, state.count > 0
-    is_correction = jnp.asarray(i) == 1
-    weights = jnp.asarray(_PLMS_WEIGHTS, jnp.float32)[jnp.minimum(state.count, 3)]
-    weights = jnp.where(is_correction, jnp.asarray([0.5, 0.5, 0.0, 0.0], jnp.float32), weights)
-    combined = weights[0] * output + weights[1] * past[0] + weights[2] * past[1] + weights[3] * past[2]
-    base = jnp.where(is_correction, past[3], x)
+def _pndm_step(sampler: Sampler, state: SolverState, output: Array, i: Any, x: Array) -> tuple[Array, SolverState]:
+    """Pseudo numerical method (Liu et al. 2022, eqs. 11 to 13); the transfer part is the DDIM step."""
+    past, special = state.history, sampler.start_weights.shape[0]
+    plan = jnp.asarray(pndm.PLANS[special], jnp.float32)
+    row = plan[jnp.minimum(state.count, plan.shape[0] - 1)]
+    begins, total = row[7] > 0, past[4] if past.shape[0] > 4 else jnp.zeros_like(x)
+    combined = row[0] * output + row[1] * past[0] + row[2] * past[1] + row[3] * past[2] + row[4] * total
+    base = jnp.where(begins, x, past[3])
     x0, epsilon = _predictions(sampler, i, base, combined)
-    to = jnp.asarray(sampler.output_weights)[i]
-    result = jnp.where(is_correction & ~started, x, to[0] * x0 + to[1] * epsilon)
-    outputs = jnp.where(is_correction, past[:3], jnp.stack([output, past[0], past[1]]))
-    count = state.count + jnp.where(is_correction, 0, 1)
-    return result, SolverState(history=jnp.concatenate([outputs, x[None]]), count=count)
+    to, start = jnp.asarray(sampler.output_weights)[i], jnp.asarray(sampler.start_weights)
+    start = start[jnp.minimum(state.count, special - 1), i]
+    result = jnp.where(state.count < special, start[0] * base + start[1] * combined, to[0] * x0 + to[1] * epsilon)
+    outputs = jnp.where(begins, jnp.stack([output, past[0], past[1]]), past[:3])
+    history = jnp.concatenate([outputs, base[None], (row[5] * total + row[6] * output)[None]])[: past.shape[0]]
+    return result, SolverState(history=history, count=state.count + 1)
 
 
 def _draw(key: Array, i: Any, shape: tuple[int, ...]) -> Array:

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from megjax.configs import require, write_json
+from megjax.configs import require, require_content, write_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
@@ -23,6 +23,9 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     absent = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
     whole = not absent or (folder / "tokenizer.json").is_file()
     require(whole, f"tokenizer folder {folder}: missing", absent, "no file, or tokenizer.json in their place")
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        if (folder / name).is_file():
+            require_content(folder / name)
     try:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many kinds for damaged files

@@ -4,7 +4,7 @@ import dataclasses
 
 from megjax.configs import require
 from megjax.diffusion.clip import CLIPTextConfig
-from megjax.diffusion.schedules import SchedulerConfig
+from megjax.diffusion.scheduler_config import SchedulerConfig
 from megjax.diffusion.unet import UNetConfig
 from megjax.diffusion.vae import VAEConfig
 from megjax.metrics.scenenet import SceneNetConfig

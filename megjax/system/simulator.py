@@ -23,7 +23,7 @@ from megjax.diffusion import generation
 from megjax.diffusion.generation import Graphs
 from megjax.diffusion.refine import refine
 from megjax.diffusion.samplers import Sampler
-from megjax.diffusion.schedules import SchedulerConfig
+from megjax.diffusion.scheduler_config import SchedulerConfig
 from megjax.power import Problem
 from megjax.system.links import Code, Link, Source
 from megjax.units import linear_to_db, noise_var_from_snr_db

@@ -8,7 +8,7 @@ from megjax.diffusion.clip import CLIPTextConfig, CLIPTextModel
 from megjax.diffusion.generation import Graphs
 from megjax.diffusion.layers import ShapeRngs
 from megjax.diffusion.pipeline import Configs, StableDiffusion
-from megjax.diffusion.schedules import SchedulerConfig
+from megjax.diffusion.scheduler_config import SchedulerConfig
 from megjax.diffusion.tokenization import train_tokenizer
 from megjax.diffusion.unet import UNet2DConditionModel, UNetConfig
 from megjax.diffusion.vae import AutoencoderKL, VAEConfig

@@ -15,8 +15,13 @@ import pytest
 from flax import nnx
 
 from megjax.diffusion import checkpoint, clip, unet, vae
+from megjax.diffusion.generation import Graphs
 from megjax.diffusion.layers import ShapeRngs
+from megjax.diffusion.pipeline import Configs, StableDiffusion
+from megjax.diffusion.scheduler_config import SchedulerConfig
+from megjax.diffusion.tokenization import train_tokenizer
 from tests import checks
+from tests.diffusion.published import SD_15
 
 KINDS = {
     clip.CLIPTextConfig: clip.CLIPTextModel,
@@ -291,3 +296,41 @@ def gradients_flow():
 def error_of():
     """`error_of(ours, reference)`: the relative error that every parity test bounds."""
     return relative_error
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, random_params):
+    """A complete pipeline folder with the smallest of networks, and prompts of 8 tokens."""
+    with checks.unchecked():
+        tokens = tmp_path_factory.mktemp("tokenizer")
+        tokenizer = train_tokenizer(["a red house", "a green tree"] * 5, tokens, vocab_size=600, max_tokens=8)
+        text_config = clip.CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=8,
+        )
+        unet_config = unet.UNetConfig(
+            sample_size=8,
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
+            block_out_channels=(8,),
+            layers_per_block=1,
+            norm_num_groups=4,
+            cross_attention_dim=8,
+            attention_head_dim=2,
+        )
+        vae_config = vae.VAEConfig(block_out_channels=(8,), norm_num_groups=4)
+        configs = Configs(text_config, unet_config, vae_config, SchedulerConfig.from_dict(SD_15))
+        parts = {
+            "text_encoder": random_params(lambda: clip.CLIPTextModel(text_config, rngs=ShapeRngs())),
+            "unet": random_params(lambda: unet.UNet2DConditionModel(unet_config, rngs=ShapeRngs())),
+            "vae": random_params(lambda: vae.AutoencoderKL(vae_config, rngs=ShapeRngs())),
+        }
+        graphs = Graphs(**{name: pair[0] for name, pair in parts.items()}, scaling_factor=vae_config.scaling_factor)
+        model = StableDiffusion(configs, graphs, {name: pair[1] for name, pair in parts.items()}, tokenizer)
+        folder = tmp_path_factory.mktemp("whole")
+        model.save_pretrained(folder)
+    return folder

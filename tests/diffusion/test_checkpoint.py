@@ -78,10 +78,10 @@ def test_sharded_text_encoder_loads(tiny_text, tmp_path, variant):
     assert_equal(tiny_text.load(files), tiny_text.params)
 
 
-def test_full_precision_is_preferred_and_a_variant_is_never_replaced(folder):
-    assert [file.name for file in checkpoint.weight_files(folder, STEM)] == [f"{STEM}.safetensors"]
-    with pytest.raises(ValueError, match=f"holds no {STEM}.fp16.safetensors"):
-        checkpoint.weight_files(folder, STEM, "fp16")
+def test_full_precision_is_preferred_and_serves_for_an_absent_variant(folder):
+    for variant in (None, "fp16"):
+        assert [file.name for file in checkpoint.weight_files(folder, STEM, variant)] == [f"{STEM}.safetensors"]
+    assert not checkpoint.find_weights(folder, STEM, "fp16")
     shutil.copy(folder / f"{STEM}.safetensors", folder / f"{STEM}.fp16.safetensors")
     assert [file.name for file in checkpoint.weight_files(folder, STEM)] == [f"{STEM}.safetensors"]
     assert [file.name for file in checkpoint.weight_files(folder, STEM, "fp16")] == [f"{STEM}.fp16.safetensors"]
@@ -221,6 +221,8 @@ def test_missing_and_empty_folders_are_named(tmp_path):
         checkpoint.weight_files(tmp_path / "none", STEM)
     with pytest.raises(ValueError, match=f"{tmp_path} holds no {STEM}.safetensors"):
         checkpoint.weight_files(tmp_path, STEM)
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no {STEM}.fp16.safetensors or {STEM}.safetensors"):
+        checkpoint.weight_files(tmp_path, STEM, "fp16")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

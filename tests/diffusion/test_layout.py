@@ -12,20 +12,14 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from megjax.diffusion import layout
-from megjax.diffusion.clip import CLIPTextConfig, CLIPTextModel
-from megjax.diffusion.generation import Graphs
-from megjax.diffusion.layers import ShapeRngs
-from megjax.diffusion.pipeline import Configs, StableDiffusion
-from megjax.diffusion.schedules import CLASS_NAMES, SchedulerConfig
-from megjax.diffusion.tokenization import load_tokenizer, train_tokenizer
-from megjax.diffusion.unet import UNet2DConditionModel, UNetConfig
-from megjax.diffusion.vae import AutoencoderKL, VAEConfig
+from megjax.diffusion.pipeline import StableDiffusion
+from megjax.diffusion.scheduler_config import CLASS_NAMES
+from megjax.diffusion.tokenization import load_tokenizer
 from tests.checks import assert_equal_trees
-from tests.diffusion.published import SD_15
 
 pytestmark = pytest.mark.usefixtures("module_unchecked")
 
-LIMIT = 8
+LIMIT = 8  # tokens of the `whole` model
 # model_index.json as Stable Diffusion 1.5 was published.
 SD_15_INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -78,43 +72,6 @@ HUB_WEIGHTS = {
     "unet": "unet/diffusion_pytorch_model",
     "vae": "vae/diffusion_pytorch_model",
 }
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, random_params, module_unchecked):
-    """A complete folder with the smallest of networks."""
-    tokens = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = train_tokenizer(["a red house", "a green tree"] * 5, tokens, vocab_size=600, max_tokens=LIMIT)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=LIMIT,
-    )
-    unet = UNetConfig(
-        sample_size=8,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        attention_head_dim=2,
-    )
-    vae = VAEConfig(block_out_channels=(8,), norm_num_groups=4)
-    configs = Configs(text, unet, vae, SchedulerConfig.from_dict(SD_15))
-    parts = {
-        "text_encoder": random_params(lambda: CLIPTextModel(text, rngs=ShapeRngs())),
-        "unet": random_params(lambda: UNet2DConditionModel(unet, rngs=ShapeRngs())),
-        "vae": random_params(lambda: AutoencoderKL(vae, rngs=ShapeRngs())),
-    }
-    graphs = Graphs(**{name: pair[0] for name, pair in parts.items()}, scaling_factor=vae.scaling_factor)
-    model = StableDiffusion(configs, graphs, {name: pair[1] for name, pair in parts.items()}, tokenizer)
-    folder = tmp_path_factory.mktemp("whole")
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -219,7 +176,10 @@ def test_folder_without_index(tmp_path, monkeypatch):
         ({"vae": None}, "vae is None"),
         ({"unet": "absent"}, r"missing components is \['unet'\]"),
         ({"scheduler": "absent"}, r"missing components is \['scheduler'\]"),
-        ({"scheduler": ["diffusers", "LMSDiscreteScheduler"]}, "LMSDiscreteScheduler.*PNDMScheduler"),
+        ({"scheduler": ["mine", "PNDMScheduler"]}, "scheduler is .*mine.*name of a scheduler class"),
+        ({"scheduler": ["diffusers", "PNDM"]}, "_class_name='PNDM'"),
+        ({"_class_name": "StableDiffusionLDM3DPipeline"}, "LDM3DPipeline'; it must be .*'StableDiffusionPipeline'"),
+        ({"_class_name": "absent"}, "_class_name is None; it must be"),
         ({"scheduler": None}, "scheduler is None"),
     ],
 )
@@ -254,7 +214,7 @@ def test_diffusers_overrides_of_old_scheduler_settings(folder):
         ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act.*relu"),
         ("text_encoder/config.json", {"vocab_size": 500}, r"text_encoder does not fit.*token_embedding"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type.*flow"),
-        ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "cosine"}, "beta_schedule.*cosine"),
         ("tokenizer/tokenizer_config.json", {"model_max_length": LIMIT + 1}, "model_max_length is 9.*at most 8"),
     ],
 )

@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import megjax
 from megjax.diffusion.pipeline import FlaxStableDiffusion, StableDiffusion
-from megjax.diffusion.schedules import CLASS_NAMES
+from megjax.diffusion.scheduler_config import CLASS_NAMES
 from megjax.diffusion.tokenization import train_tokenizer
 from tests.checks import assert_equal_trees
 from tests.diffusion.published import SD_15

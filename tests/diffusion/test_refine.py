@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from megjax.diffusion.refine import level_of_timestep, refine, timestep_of_level
-from megjax.diffusion.schedules import SchedulerConfig, alphas_cumprod
+from megjax.diffusion.scheduler_config import SchedulerConfig
+from megjax.diffusion.schedules import alphas_cumprod
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -21,24 +21,19 @@ from megjax.diffusion.samplers import (
     step,
     to_vp,
 )
-from megjax.diffusion.schedules import (
-    CLASS_NAMES,
-    SAMPLERS,
-    SchedulerConfig,
-    alphas_cumprod,
-    predict_epsilon,
-    predict_x0,
-)
+from megjax.diffusion.scheduler_config import CLASS_NAMES, SAMPLERS, SchedulerConfig
+from megjax.diffusion.schedules import alphas_cumprod, predict_epsilon, predict_x0
 from tests.diffusion.published import SD_15, SD_21
 
 pytestmark = [
     pytest.mark.usefixtures("fast_compile"),
     # diffusers makes NumPy arrays of tensors.
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
 ]
 
 SHAPE = (2, 3, 4)
-LONGEST = 51  # model calls of PNDM for 50 steps
+LONGEST = 59  # model calls of PNDM for 50 steps, with Runge-Kutta steps
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 
@@ -55,7 +50,7 @@ VARIANTS = {
         LINEAR,
         {"rescale_betas_zero_snr": True},
     ],
-    "pndm": [{"set_alpha_to_one": True}, {"set_alpha_to_one": False}, LINEAR],
+    "pndm": [{"set_alpha_to_one": True}, {"set_alpha_to_one": False}, LINEAR, {"skip_prk_steps": False}],
     "euler": [
         {},
         {"use_karras_sigmas": True},
@@ -88,7 +83,7 @@ def run_ours(sampler, x, noise):
 def lengthened(sampler, noise, num_steps=LONGEST):
     """A sampler and its noise with steps at the end that change nothing, so that one program serves any number of them.
 
-    PNDM's second step repeats its first, so it must be one of its own.
+    PNDM's second call repeats its first step, so it must be one of its own.
     """
 
     def extended(table, row=None):
@@ -102,16 +97,22 @@ def lengthened(sampler, noise, num_steps=LONGEST):
         "epsilon_weights": extended(sampler.epsilon_weights, (1, 0)),
         "output_weights": extended(sampler.output_weights, (0, 1, 0, 0)),
     }
+    if sampler.name == "pndm":
+        added = ((0, 0), (0, num_steps - sampler.num_steps), (0, 0))
+        tables["start_weights"] = np.pad(sampler.start_weights, added)
     return dataclasses.replace(sampler, num_steps=num_steps, **tables), extended(noise)
 
 
-def run_diffusers(monkeypatch, scheduler, num_steps, x, noise, eta=0.0):
+def run_diffusers(monkeypatch, scheduler, num_steps, x, noise, eta=0.0, start=0):
+    """Result from the input `x` of step `start`, scaled there if it is the first, and all timesteps."""
     scheduler.set_timesteps(num_steps)
-    x, noise, draws = torch.tensor(x) * scheduler.init_noise_sigma, torch.tensor(noise), iter(torch.tensor(noise))
+    if start and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start)  # as diffusers' image-to-image pipeline does
+    x, draws = torch.tensor(x) * (1 if start else scheduler.init_noise_sigma), iter(torch.tensor(noise)[start:])
     kwargs = {}
     if "Ancestral" in type(scheduler).__name__:
         monkeypatch.setattr(f"{type(scheduler).__module__}.randn_tensor", lambda *_, **__: next(draws))
-    for t in scheduler.timesteps:
+    for t in scheduler.timesteps[start:]:
         output = torch.tanh(0.7 * scheduler.scale_model_input(x, t) + 0.3 * t.float() / 1000 - 0.1)
         if "DDIM" in type(scheduler).__name__:
             kwargs = {"eta": eta, "variance_noise": next(draws) if eta else None}
@@ -140,6 +141,7 @@ def settings(name):
         zero_snr = "rescale_betas_zero_snr" in VARIANTS[name][variant]
         # That is undefined at alpha-bar = 0; `test_bad_sampler` checks that it is refused.
         undefined = zero_snr and name == "ddim" and prediction == "epsilon"
+        undefined |= "skip_prk_steps" in VARIANTS[name][variant] and num_steps < 4  # refused as well
         # Only one spacing reads the offset.
         if not undefined and (spacing == "leading" or offset or num_steps == 7):
             yield variant, prediction, spacing, offset, num_steps
@@ -196,6 +198,21 @@ def test_published_configs_with_every_sampler(monkeypatch, published, name):
     check_parity(monkeypatch, SchedulerConfig.from_dict(published), scheduler, name, 25)
 
 
+@pytest.mark.parametrize(("name", "skip_prk_steps"), [(name, True) for name in SAMPLERS] + [("pndm", False)])
+def test_a_late_start_matches_image_to_image_of_diffusers(monkeypatch, name, skip_prk_steps):
+    """PNDM repeats its second step wherever it starts, and takes its Runge-Kutta steps from the first timesteps."""
+    values, num_steps = SD_15 | {"skip_prk_steps": skip_prk_steps}, 9
+    sampler = make_sampler(SchedulerConfig.from_dict(values), name, num_steps)
+    scheduler = getattr(diffusers, CLASS_NAMES[name]).from_config(values)
+    x = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
+    noise = np.random.default_rng(1).standard_normal((sampler.num_steps, *SHAPE), np.float32)
+    start = 3
+    given = np.array(from_vp(sampler, jnp.asarray(x), start))
+    found = jax.jit(lambda x, noise: denoise(model, sampler, x, start=start, noise=noise)[0])(given, noise)
+    expected, _ = run_diffusers(monkeypatch, scheduler, num_steps, given, noise, start=start)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 def sd_sampler(name, num_steps=12):
     return make_sampler(SchedulerConfig.from_dict(SD_15), name, num_steps, eta=0.5 if name == "ddim" else 0.0)
 
@@ -235,27 +252,25 @@ def test_a_restarted_solver_takes_a_first_order_step(name):
     noise = jnp.zeros((sampler.num_steps, *SHAPE))
 
     @jax.jit
-    def run(vp, start):
-        """The input of the step, its output in variance-preserving scale, and DDIM's output."""
+    def run(vp, start, end):
+        """Input of the step, its output, that in variance-preserving scale, and DDIM's output at the level of `end`."""
         x = from_vp(sampler, vp, start)
         result, _ = step(sampler, init_state(sampler, SHAPE), output(vp, start), start, x, noise[0])
-        level, after = alpha_bar(sampler, start), alpha_bar(sampler, start + 1)
+        level, after = alpha_bar(sampler, start), alpha_bar(sampler, end)
         x0, epsilon = (fn("epsilon", vp, output(vp, start), level) for fn in (predict_x0, predict_epsilon))
         spread = jnp.sqrt(1 - after)
         if name == "euler_ancestral":
             spread *= jnp.sqrt((1 / after - 1) / (1 / level - 1))  # sigma_down = sigma_to^2 / sigma_from
-        return x, result, to_vp(sampler, result, start + 1), jnp.sqrt(after) * x0 + spread * epsilon
+        return x, result, to_vp(sampler, result, end), jnp.sqrt(after) * x0 + spread * epsilon
 
     def output(vp, start):
         return model(vp, jnp.asarray(sampler.timesteps)[start])
 
     vp = jax.random.normal(jax.random.key(0), SHAPE)
     for start in (0, 1, 2, 7):
-        x, result, found, expected = run(vp, start)
-        if name == "pndm" and start == 1:
-            np.testing.assert_array_equal(result, x)  # the correction of a step that this solver has not made
-        else:
-            np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+        # PNDM's step 1, at the same timestep as step 2, is then a whole step.
+        x, result, found, expected = run(vp, start, start + 1 + (name == "pndm" and start == 1))
+        np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
     again, _ = jax.jit(lambda x: denoise(model, sampler, x, start=7, stop=8, noise=noise))(x)
     np.testing.assert_allclose(again, result, rtol=1e-6, atol=1e-6)
 
@@ -332,8 +347,7 @@ def test_bad_sampler():
         "num_steps=1000": (config, "ddim", 1000),  # steps_offset 1 asks for timestep 1000
         "eta=0.5": (config, "euler", 10, 0.5),
         "eta=1.5": (config, "ddim", 10, 1.5),
-        "skip_prk_steps=False": (dataclasses.replace(config, skip_prk_steps=False), "pndm", 10),
-        "rescale_betas_zero_snr=True": (zero_snr, "pndm", 10),
+        "num_steps=3": (dataclasses.replace(config, skip_prk_steps=False), "pndm", 3),  # three of Runge-Kutta, one more
         "prediction_type='epsilon'": (zero_snr, "ddim", 10),
         "prediction_type='sample'": (dataclasses.replace(config, prediction_type="sample"), "pndm", 10),
     }.items():
