@@ -1,6 +1,8 @@
 """CLIP tokenizers: reading one from a folder, training one on captions, prompts to padded ids."""
 
+import itertools
 import json
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,24 +38,33 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Int[np.ndarray, "b l"]:
     """Ids of `prompts`, padded to the tokenizer's limit, int32.
 
-    A longer prompt is cut there with a warning that quotes what is lost, as diffusers does. Raises ValueError if
+    A word that textual inversion has given several vectors, "<word>", "<word>_1", ..., stands for all of them. A longer
+    prompt is cut there with a warning that quotes what is lost, as diffusers does. Raises ValueError if
     `prompts` is empty, a single string, or holds something that is not a string.
     """
     require(not isinstance(prompts, str), "prompts", prompts, "a list of strings, not one string")
     require(len(prompts) > 0, "prompts", list(prompts), "a list of at least one string")
     for prompt in prompts:
         require(isinstance(prompt, str), "prompt", prompt, "a string")
-    limit = tokenizer.model_max_length
-    for prompt, ids in zip(
-        prompts, tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"], strict=True
-    ):
+    limit, spelled = tokenizer.model_max_length, [_with_all_vectors(tokenizer, prompt) for prompt in prompts]
+    for prompt, ids in zip(prompts, tokenizer(spelled, truncation=False, verbose=False)["input_ids"], strict=True):
         if len(ids) > limit:
             lost = tokenizer.decode(ids[limit - 1 : -1])
             warnings.warn(
                 f"prompt of {len(ids)} tokens cut at {limit}; lost: {lost!r} of {prompt[:40]!r}", stacklevel=3
             )
-    padded = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=True)
+    padded = tokenizer(spelled, padding="max_length", max_length=limit, truncation=True)
     return np.asarray(padded["input_ids"], np.int32)
+
+
+def _with_all_vectors(tokenizer: CLIPTokenizer, prompt: str) -> str:
+    """The prompt with the added tokens "<word>_1", "<word>_2", ... after "<word>", as diffusers puts them there."""
+    added = tokenizer.added_tokens_encoder
+    for word in {token for token in tokenizer.tokenize(prompt) if f"{token}_1" in added}:
+        more = itertools.takewhile(added.__contains__, (f"{word}_{i}" for i in itertools.count(1)))
+        whole = " ".join([word, *more])
+        prompt = re.sub(re.escape(word) + r"(?!_\d)", lambda _, whole=whole: whole, prompt)
+    return prompt
 
 
 def train_tokenizer(captions: Iterable[str], folder: Path, *, vocab_size: int, max_tokens: int) -> CLIPTokenizer:

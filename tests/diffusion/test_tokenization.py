@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, CLIPTokenizer
 
@@ -143,3 +144,13 @@ def test_damaged_files(folder, tmp_path, name, content):
     with pytest.raises(ValueError, match="holds no readable CLIP tokenizer") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_learned_word_of_several_vectors_stands_for_all_of_them(folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens(["<many>", "<many>_1", "<many>_2", "<many>_4", "<one>"])
+    prompts = ["a <many> house", "<many>,<one>,<many>", "a red house", "<many>_1 alone"]
+    spelled = [*TextualInversionLoaderMixin().maybe_convert_prompt(prompts[:3], tokenizer), prompts[3]]
+    assert spelled[0] == "a <many> <many>_1 <many>_2 house"
+    expected = tokenizer(spelled, padding="max_length", max_length=LIMIT)["input_ids"]
+    np.testing.assert_array_equal(tokenize(tokenizer, prompts), expected)
