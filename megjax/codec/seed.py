@@ -173,7 +173,7 @@ def decode(graph, state, symbols, block_snr, snr_db, *, num_symbols: int, mappin
     network: SeedNetwork = nnx.merge(graph, state)
     spent = link.spending(network.spend(snr_db, num_symbols), num_symbols, symbols.shape[1], mapping)
     received = jax.vmap(lambda s, snr: link.unpack_code(s, snr, spent, num_symbols, mapping))(symbols, block_snr)
-    levels = jnp.full(len(symbols), snr_db), jnp.full(len(symbols), num_symbols)
+    levels = jnp.full(len(symbols), snr_db, jnp.float32), jnp.full(len(symbols), num_symbols)
     return network.decode(received.estimate, received.snr, *levels)
 
 

@@ -62,4 +62,4 @@ def refine(
         noise = wide(eps_x) * x + wide(eps_m) * output
         return wide(jnp.sqrt(after)) * clean + wide(jnp.sqrt(1 - after)) * noise, None
 
-    return jax.lax.scan(body, x.astype(jnp.float32), jnp.arange(num_steps))[0]
+    return jax.lax.scan(body, x.astype(jnp.float32), jnp.arange(num_steps, dtype=jnp.float32))[0]

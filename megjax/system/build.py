@@ -257,9 +257,9 @@ def measured_weights(
     """Importance of the seed's blocks at these effective SNRs; equal where the codec cannot say."""
     levels = tuple(float(level) for level in snr_db)
     if codec is None or codec.validation is None:
-        return BlockWeights(jnp.asarray(levels), jnp.ones((len(levels), way.num_blocks)))
+        return BlockWeights(jnp.asarray(levels, jnp.float32), jnp.ones((len(levels), way.num_blocks), jnp.float32))
     rows = [codec.block_weights(way.num_symbols, level, way.num_blocks, way.mapping) for level in levels]
-    return BlockWeights(jnp.asarray(levels), jnp.stack(rows))
+    return BlockWeights(jnp.asarray(levels, jnp.float32), jnp.stack(rows))
 
 
 @dataclasses.dataclass(frozen=True)
