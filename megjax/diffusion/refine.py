@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from megjax.configs import require
+from megjax.configs import require_count
 from megjax.diffusion.schedules import SchedulerConfig, alphas_cumprod, prediction_weights
 
 
@@ -39,8 +39,7 @@ def refine(
     to zero, and the last step ends at alpha-bar 1. J. Song et al., "Denoising diffusion implicit models", 2021, eq. 12
     with sigma = 0. Levels below the schedule's last count as that one. Raises ValueError for fewer than one step.
     """
-    valid = isinstance(num_steps, int) and not isinstance(num_steps, bool) and num_steps >= 1
-    require(valid, "num_steps", num_steps, "an integer of at least 1")
+    num_steps = require_count("num_steps", num_steps)
     table = alphas_cumprod(config)
     lowest = max(float(table[-1]), 1e-4)  # at zero terminal SNR nothing of x0 could be recovered from epsilon
     first = jnp.clip(alpha_bar, lowest, 1 - 1e-6)

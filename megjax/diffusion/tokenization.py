@@ -37,9 +37,12 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Int[np.ndarray
     `prompts` is empty, a single string, or holds something that is not a string.
     """
     require(not isinstance(prompts, str), "prompts", prompts, "a list of strings, not one string")
+    require(isinstance(prompts, Sequence | np.ndarray), "prompts", prompts, "a list of strings")
     require(len(prompts) > 0, "prompts", list(prompts), "a list of at least one string")
     for prompt in prompts:
         require(isinstance(prompt, str), "prompt", prompt, "a string")
+        whole = not any("\ud800" <= letter <= "\udfff" for letter in prompt)
+        require(whole, "prompt", prompt, "text without half of a surrogate pair, which is no character")
     limit = tokenizer.model_max_length
     for prompt, ids in zip(
         prompts, tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"], strict=True

@@ -13,7 +13,7 @@ from scipy.optimize import nnls
 from megjax.channel import Fading, equalize_lmmse, post_equalisation_snr, symbols_per_block, transmit
 from megjax.channel.numerics import squared_magnitude
 from megjax.codec.schemes import Scheme, realisation_keys
-from megjax.configs import require
+from megjax.configs import require, require_count
 from megjax.system.links import AnalogLink, Code, Noisy, Source, from_blocks, mean_power, to_blocks
 from megjax.units import db_to_linear
 
@@ -255,4 +255,4 @@ class PromptLink:
 
 def check_device_steps(steps: int) -> None:
     """ValueError unless it is an integer of at least 1."""
-    require(isinstance(steps, int) and steps >= 1, "device_steps", steps, "an integer of at least 1")
+    require_count("device_steps", steps)
