@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 Config = TypeVar("Config")
 
 
@@ -18,6 +20,37 @@ def require(condition: bool, name: str, value: Any, allowed: str) -> None:
     """Raise a `ValueError` that names the setting, its value and what is allowed, unless `condition` holds."""
     if not condition:
         raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+
+
+def is_integer(value: Any) -> bool:
+    """Whether `value` is an integer of Python or NumPy, and no bool."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def require_count(name: str, value: Any, smallest: int = 1) -> int:
+    """`value` as a Python integer; ValueError unless it is an integer of Python or NumPy of at least `smallest`."""
+    require(is_integer(value) and value >= smallest, name, value, f"an integer of at least {smallest}")
+    return int(value)
+
+
+def require_number(name: str, value: Any) -> float:
+    """`value` as a Python number; ValueError unless it is one finite real number, and no string."""
+    array = None if isinstance(value, str | bytes | list | tuple | None) else np.asarray(value)
+    single = array is not None and array.ndim == 0 and array.dtype.kind in "iuf"
+    require(single and bool(np.isfinite(array)), name, value, "one finite number")
+    return float(array)
+
+
+def require_type(name: str, value: Any, allowed: Collection[str]) -> np.dtype:
+    """The type of numbers that `value` stands for, a name or a type; ValueError unless it is one of these names."""
+    try:
+        found = None if value is None else np.dtype(value)
+    except TypeError:
+        found = None
+    require(
+        found is not None and found.name in allowed, name, value if found is None else found.name, f"one of {allowed}"
+    )
+    return found
 
 
 def from_mapping(

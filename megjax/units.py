@@ -30,13 +30,16 @@ def noise_var_from_snr_db(snr_db: ArrayLike) -> Float[Array, "*s"]:
 
 
 def check_snr_db(snr_db) -> np.ndarray:
-    """`snr_db` (a number, a numeric string, or a nested list or array of them) as a float64 NumPy array.
+    """`snr_db` (a number, or a nested list or array of them, but no string) as a float64 NumPy array.
 
     For use outside jit. Raises ValueError when any entry is not a number within +-`MAX_SNR_DB`.
     """
     try:
-        values = np.asarray(snr_db, np.float64)
+        given = np.asarray(snr_db)
+        values = given.astype(np.float64) if given.dtype.kind in "iuf" else None
     except (TypeError, ValueError):
+        values = None
+    if values is None:
         raise ValueError(f"snr_db is {snr_db!r}; it must be a finite number in dB") from None
     if not np.all(np.isfinite(values)):
         raise ValueError(f"snr_db is {snr_db!r}; every value must be a finite number in dB")

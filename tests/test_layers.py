@@ -17,6 +17,7 @@ LAYERS = {
     "runtime": 0,
     "units": 0,
     "configs": 0,
+    "keys": 0,
     "sharding": 0,
     "termination": 0,
     "hlo": 0,
@@ -42,6 +43,7 @@ LAYERS = {
 ARROWS = {
     "runtime": {"configs", "processes", "sharding"},
     "sharding": {"configs"},
+    "keys": {"configs"},
     "data.scenes": {"data.__init__", "data.scene_shapes"},
     "data.scene_shapes": {"data.__init__", "precision"},
     "data.latents": {"diffusion"},

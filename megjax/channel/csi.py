@@ -141,7 +141,7 @@ class ImperfectCSI:
         estimates = estimate_gains(pilot_key, gains, self.pilot_power, self.num_pilots, noise_var)
         receiver, transmitter = delayed_gains(estimates[earlier - self.delay_blocks :], self.delay_blocks)
         error_var = estimation_error_var(self.pilot_power, self.num_pilots, noise_var)
-        return ChannelKnowledge(gains[earlier:], transmitter, receiver, jnp.full(num_blocks, error_var))
+        return ChannelKnowledge(gains[earlier:], transmitter, receiver, jnp.full(num_blocks, error_var, jnp.float32))
 
 
 def _pilot_snr(pilot_power: ArrayLike, num_pilots: ArrayLike, noise_var: ArrayLike) -> Float[Array, "*s"]:

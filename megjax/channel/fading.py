@@ -123,5 +123,5 @@ class ShadowedFading:
         sigma_db = scalar("sigma_db", self.sigma_db)
         fading_key, shadow_key = split(key)
         mean_db = jnp.square(sigma_db) * (math.log(10) / 20)
-        shadowing_db = sigma_db * jax.random.normal(shadow_key) - mean_db
+        shadowing_db = sigma_db * jax.random.normal(shadow_key, (), jnp.float32) - mean_db
         return units.db_to_linear(shadowing_db / 2) * self.fading.sample(fading_key, num_blocks)

@@ -197,8 +197,8 @@ class Cell:
         nearest, radius = self._leaf("min_distance_m"), self._leaf("radius_m")
         area = jax.random.uniform(distance_key, (num_users,), jnp.float32)
         distance = jnp.sqrt(jnp.square(nearest) + area * (jnp.square(radius) - jnp.square(nearest)))
-        los = jax.random.uniform(los_key, (num_users,)) < los_probability(self.scenario, distance, height)
-        environment = jnp.ones(num_users)
+        los = jax.random.uniform(los_key, (num_users,), jnp.float32) < los_probability(self.scenario, distance, height)
+        environment = jnp.ones(num_users, jnp.float32)
         if self.scenario == "uma":
             environment = _environment_height_m(environment_key, distance, height)
         loss = _path_loss_db(constants, distance, self._leaf("frequency_hz"), h_bs, height, environment, los)
@@ -245,9 +245,9 @@ def _environment_height_m(key: Key[Array, ""], distance: Float[Array, " u"], h_u
     report leaves that set empty, it is 12 m.
     """
     low_key, height_key = jax.random.split(key)
-    low = jax.random.uniform(low_key, distance.shape) * (1 + _height_factor(distance, h_ut)) < 1
+    low = jax.random.uniform(low_key, distance.shape, jnp.float32) * (1 + _height_factor(distance, h_ut)) < 1
     num_heights = jnp.maximum(jnp.floor((h_ut - 13.5) / 3) + 1, 1.0)
-    index = jnp.floor(jax.random.uniform(height_key, distance.shape) * num_heights)
+    index = jnp.floor(jax.random.uniform(height_key, distance.shape, jnp.float32) * num_heights)
     return jnp.where(low, 1.0, 12 + 3 * index)
 
 

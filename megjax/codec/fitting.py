@@ -69,42 +69,43 @@ def draw_conditions(key: Key[Array, ""], conditions: Conditions, num_values: int
     groups = (conditions.groups,)
     keys = jax.random.split(key, 5)
     rates = jnp.asarray(conditions.rates, jnp.float32)
-    exact = rates[jax.random.randint(keys[0], groups, 0, len(conditions.rates))]
+    exact = rates[jax.random.randint(keys[0], groups, 0, len(conditions.rates), jnp.int32)]
     log_low, log_high = np.log2(min(conditions.rates)), np.log2(max(conditions.rates))
-    between = 2 ** jax.random.uniform(keys[1], groups, minval=log_low, maxval=log_high + 1e-6)
-    kinds = jax.random.uniform(keys[2], (3, *groups))
+    between = 2 ** jax.random.uniform(keys[1], groups, jnp.float32, log_low, log_high + 1e-6)
+    kinds = jax.random.uniform(keys[2], (3, *groups), jnp.float32)
     rate = jnp.where(kinds[0] < 0.7, exact, between)
     if conditions.num_symbols is None:
         num_symbols = jnp.maximum(jnp.round(num_values / (2 * rate)).astype(jnp.int32), conditions.num_blocks)
     else:
-        num_symbols = jnp.full(groups, conditions.num_symbols)
+        num_symbols = jnp.full(groups, conditions.num_symbols, jnp.int32)
     if conditions.snr_db is None:
         low, high = conditions.min_snr_db, conditions.max_snr_db
-        snr_db = jax.random.uniform(keys[3], groups, minval=low, maxval=high)
+        snr_db = jax.random.uniform(keys[3], groups, jnp.float32, low, high)
         energy_db = linear_to_db(num_values / (2.0 * num_symbols))
         snr_db = snr_db + jnp.where(conditions.equal_energy & (kinds[1] < 0.5), energy_db, 0.0)
     else:
-        snr_db = jnp.full(groups, conditions.snr_db)
+        snr_db = jnp.full(groups, conditions.snr_db, jnp.float32)
     return Draw(snr_db, num_symbols, kinds[2] < 0.5)
 
 
 def draw_gains(key: Key[Array, ""], num_blocks: int) -> Float[Array, " t"]:
     """|h_t|^2 [t] of one realisation: Rayleigh (half of them), Rician, Jakes or no fading, with random parameters."""
     keys = jax.random.split(key, 6)
-    k_factor = db_to_linear(jax.random.uniform(keys[0], minval=0.0, maxval=12.0))
-    doppler = 10 ** jax.random.uniform(keys[1], minval=-3.0, maxval=-0.5)
+    k_factor = db_to_linear(jax.random.uniform(keys[0], (), jnp.float32, 0.0, 12.0))
+    doppler = 10 ** jax.random.uniform(keys[1], (), jnp.float32, -3.0, -0.5)
     laws = (RayleighFading(), RicianFading(k_factor), JakesFading(doppler), NoFading())
     gains = jnp.stack([law.sample(k, num_blocks) for law, k in zip(laws, keys[2:], strict=True)])
-    kind = jnp.searchsorted(jnp.array([0.5, 0.65, 0.8]), jax.random.uniform(jax.random.fold_in(key, 6)))
+    choice = jax.random.uniform(jax.random.fold_in(key, 6), (), jnp.float32)
+    kind = jnp.searchsorted(jnp.array([0.5, 0.65, 0.8], jnp.float32), choice)
     return squared_magnitude(gains[kind])
 
 
 def draw_power(key: Key[Array, ""], load: Float[Array, " t"]) -> Float[Array, " t"]:
     """Block powers of mean 1: the codec's load (half of them), equal, or one of these times random factors."""
     kind_key, noise_key, spread_key = jax.random.split(key, 3)
-    kind = jax.random.uniform(kind_key, (2,))
-    spread = jax.random.uniform(spread_key, maxval=1.5)
-    factors = jnp.exp(spread * jax.random.normal(noise_key, load.shape))
+    kind = jax.random.uniform(kind_key, (2,), jnp.float32)
+    spread = jax.random.uniform(spread_key, (), jnp.float32, maxval=1.5)
+    factors = jnp.exp(spread * jax.random.normal(noise_key, load.shape, jnp.float32))
     power = jnp.where(kind[0] < 0.65, load, 1.0) * jnp.where(kind[1] < 0.3, factors, 1.0)
     return power / power.mean()
 
@@ -164,9 +165,10 @@ def draw_latents(
     first_key, second_key = jax.random.split(key)
     groups, size = conditions.groups, conditions.group_size
     first = size if len(sets) == 1 else round(conditions.first_share * size)
-    parts = [sets[0][jax.random.randint(first_key, (groups, first), 0, len(sets[0]))]]
+    parts = [sets[0][jax.random.randint(first_key, (groups, first), 0, len(sets[0]), jnp.int32)]]
     if first < size:
-        parts.append(sets[1][jax.random.randint(second_key, (groups, size - first), 0, len(sets[1]))])
+        rest = jax.random.randint(second_key, (groups, size - first), 0, len(sets[1]), jnp.int32)
+        parts.append(sets[1][rest])
     batch = jnp.concatenate(parts, axis=1)
     return batch.reshape(-1, *batch.shape[2:])
 
@@ -266,5 +268,5 @@ def calibrate(network: SeedNetwork, latents: Float[np.ndarray, "n h w c"], batch
         first, second = (np.sum([s[i] for s in sums], axis=0, dtype=np.float64) / len(latents) for i in range(2))
         where = (row, column) if network.encoder is not None else ...
         mean[where], std[where] = first, np.sqrt(np.maximum(second - first**2, 1e-12))
-    network.code_mean[...], network.code_std[...] = jnp.asarray(mean), jnp.asarray(std)
+    network.code_mean[...], network.code_std[...] = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
     return network

@@ -177,7 +177,7 @@ def wiener_decode(
     gain = amplitude / jnp.broadcast_to(std[None, None], shape).reshape(-1)[:count]
     # Neither product depends on the realisation: under vmap over received values it is computed once.
     covariance = exact_matmul(statistics.basis * statistics.variances[None], statistics.basis.T)[:, :count]
-    matrix = gain[:, None] * covariance[:count] * gain[None] + jnp.eye(count)
+    matrix = gain[:, None] * covariance[:count] * gain[None] + jnp.eye(count, dtype=jnp.float32)
     solution = cho_solve(cho_factor(matrix, lower=True), whitened - amplitude * prior)
     return (statistics.mean + exact_matmul(covariance, gain * solution)).reshape(shape)
 

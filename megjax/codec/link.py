@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Complex, Float, Int, Key
 
 from megjax.channel import MAPPINGS, complex_normal, equalize_lmmse, pack, post_equalisation_snr, transmit, unpack
 from megjax.channel.numerics import safe_sqrt
-from megjax.configs import require
+from megjax.configs import is_integer, require
 
 
 class Spending(NamedTuple):
@@ -36,8 +36,7 @@ class Received(NamedTuple):
 def check_symbols(num_symbols: int, num_values: int, num_blocks: int) -> None:
     """ValueError unless K symbols fill the blocks and carry no more values than the code has."""
     most = num_values // 2
-    valid = isinstance(num_symbols, int) and not isinstance(num_symbols, bool)
-    valid = valid and num_blocks <= num_symbols <= most
+    valid = is_integer(num_symbols) and num_blocks <= num_symbols <= most
     allowed = f"an integer from {num_blocks} (one symbol a block) to {most} (half of the code's {num_values} values)"
     require(valid, "num_symbols", num_symbols, allowed)
 

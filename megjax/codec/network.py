@@ -142,13 +142,13 @@ class SeedNetwork(nnx.Module):
     def __init__(self, config: SeedCodecConfig, rngs: nnx.Rngs):
         n, grid = config.tile_values, (config.snr_steps, config.rate_steps)
         self.config = config
-        self.latent_mean = Constant(jnp.zeros(n))
-        self.scale = Constant(jnp.ones(n))
-        self.basis = Constant(jnp.eye(n)) if config.transform == "klt" else None
-        self.code_mean = Constant(jnp.zeros((*grid, config.num_values)))
-        self.code_std = Constant(jnp.ones((*grid, config.num_values)))
-        self.encoder_scale = Constant(jnp.ones(grid))
-        self.load_logits = nnx.Param(jnp.zeros((*grid, n)))
+        self.latent_mean = Constant(jnp.zeros(n, jnp.float32))
+        self.scale = Constant(jnp.ones(n, jnp.float32))
+        self.basis = Constant(jnp.eye(n, dtype=jnp.float32)) if config.transform == "klt" else None
+        self.code_mean = Constant(jnp.zeros((*grid, config.num_values), jnp.float32))
+        self.code_std = Constant(jnp.ones((*grid, config.num_values), jnp.float32))
+        self.encoder_scale = Constant(jnp.ones(grid, jnp.float32))
+        self.load_logits = nnx.Param(jnp.zeros((*grid, n), jnp.float32))
         self.encoder = Trunk(config, n, config.encoder_blocks, rngs) if config.encoder_blocks else None
         self.decoder = Trunk(config, 2 * n, config.decoder_blocks, rngs)
 

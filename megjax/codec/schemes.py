@@ -128,7 +128,7 @@ class RawScheme:
         """As in `Scheme`: the same power for all values."""
         del snr_db
         height, width, channels = self.latent_shape
-        return _spending(jnp.ones(height * width * channels), num_symbols, num_blocks, mapping)
+        return _spending(jnp.ones(height * width * channels, jnp.float32), num_symbols, num_blocks, mapping)
 
     def encode(
         self, latents: Float[Array, "b h w c"], snr_db: Float[ArrayLike, ""], num_symbols: int
@@ -221,7 +221,7 @@ def block_weights(
     """
     mean_snr = db_to_linear(snr_db) * scheme.spending(snr_db, num_symbols, num_blocks, mapping).load
     error = _latent_error(scheme, latents, num_symbols, snr_db, num_blocks, mapping)
-    present = 1 - jnp.eye(num_blocks + 1, num_blocks)
+    present = 1 - jnp.eye(num_blocks + 1, num_blocks, dtype=jnp.float32)
     errors = jax.lax.map(lambda row: error(jax.random.clone(key), row * mean_snr), present)
     growth = jnp.maximum(errors[:-1] - errors[-1], 0.0)
     mean = growth.mean()

@@ -16,12 +16,13 @@ from megjax.channel import MAPPINGS
 from megjax.codec import link
 from megjax.codec.network import SeedCodecConfig, SeedNetwork
 from megjax.codec.schemes import LearnedScheme, block_weights
-from megjax.configs import from_mapping, read_json, require, write_json
+from megjax.configs import from_mapping, read_json, require, require_count, require_type, write_json
 from megjax.units import check_snr_db
 
 ASSETS = Path(__file__).parent.parent / "assets"
 CONFIG_NAME, WEIGHTS_NAME, VALIDATION_NAME = "config.json", "model.safetensors", "validation.safetensors"
 BUNDLED = ("scenes",)
+TYPES = ("float32", "bfloat16", "float16")
 
 
 class SeedCodec:
@@ -45,6 +46,7 @@ class SeedCodec:
 
         Raises ValueError when there is no such folder, or its weights are damaged or do not fit its configuration.
         """
+        dtype = getattr(jnp, require_type("dtype", dtype, TYPES).name)
         bundled = name_or_folder in BUNDLED and not Path(name_or_folder).is_dir()
         folder = ASSETS / str(name_or_folder) / "codec" if bundled else Path(name_or_folder)
         require(folder.is_dir(), "codec", str(name_or_folder), f"one of {BUNDLED} or an existing folder")
@@ -61,7 +63,7 @@ class SeedCodec:
 
     def save_pretrained(self, folder: str | Path, dtype=np.float16) -> None:
         """Write configuration and weights to `folder`, parameters as `dtype` and statistics as float32."""
-        folder = Path(folder)
+        folder, dtype = Path(folder), require_type("dtype", dtype, TYPES)
         folder.mkdir(parents=True, exist_ok=True)
         config = dataclasses.asdict(self.config)
         write_json(folder / CONFIG_NAME, {k: v for k, v in config.items() if k != "dtype"})
@@ -154,7 +156,7 @@ class SeedCodec:
 
     def _check(self, num_symbols: int, snr_db: float, num_blocks: int, mapping: str) -> None:
         require(mapping in MAPPINGS, "mapping", mapping, f"one of {MAPPINGS}")
-        require(isinstance(num_blocks, int) and num_blocks >= 1, "num_blocks", num_blocks, "an integer of at least 1")
+        require_count("num_blocks", num_blocks)
         link.check_symbols(num_symbols, self.config.num_values, num_blocks)
         require(check_snr_db(snr_db).ndim == 0, "snr_db", snr_db, "one number in dB")
 
@@ -173,7 +175,7 @@ def decode(graph, state, symbols, block_snr, snr_db, *, num_symbols: int, mappin
     network: SeedNetwork = nnx.merge(graph, state)
     spent = link.spending(network.spend(snr_db, num_symbols), num_symbols, symbols.shape[1], mapping)
     received = jax.vmap(lambda s, snr: link.unpack_code(s, snr, spent, num_symbols, mapping))(symbols, block_snr)
-    levels = jnp.full(len(symbols), snr_db), jnp.full(len(symbols), num_symbols)
+    levels = jnp.full(len(symbols), snr_db, jnp.float32), jnp.full(len(symbols), num_symbols)
     return network.decode(received.estimate, received.snr, *levels)
 
 

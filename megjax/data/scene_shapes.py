@@ -95,7 +95,8 @@ def value_noise(key: Array, rows: int, columns: int, size: int) -> Float[Array, 
         distance = np.minimum(np.abs(position[:, None] - np.arange(nodes)[None]), 1.0)
         return (0.5 + 0.5 * np.cos(np.pi * distance)).astype(np.float32)
 
-    return exact_matmul(exact_matmul(weights(rows), jax.random.normal(key, (rows, columns))), weights(columns).T)
+    nodes = jax.random.normal(key, (rows, columns), jnp.float32)
+    return exact_matmul(exact_matmul(weights(rows), nodes), weights(columns).T)
 
 
 class Grid(NamedTuple):
@@ -134,18 +135,26 @@ def sky(
     picture = top[:, None, None] + (low - top)[:, None, None] * t[None]
 
     spot = 0.5 + 0.5 * draws[:18].reshape(2, 9)
-    stars = bumps(grid, (jnp.arange(9) + 0.15 + 0.7 * spot[0]) / 9, 0.03 + 0.32 * spot[1], 0.011, 0.011)
+    stars = bumps(
+        grid, (jnp.arange(9, dtype=jnp.float32) + 0.15 + 0.7 * spot[0]) / 9, 0.03 + 0.32 * spot[1], 0.011, 0.011
+    )
     strength = jnp.where(time == 3, 0.5, 0.0) * (1.0 - is_cloudy)
     picture = over(picture, ORB[3], jnp.clip(strength * stars, 0.0, 1.0))
 
     colour, radius = jnp.asarray(ORB)[time], jnp.asarray(ORB_RADIUS)[time]
     orb_y = jnp.asarray(ORB_Y)[time] + 0.02 * draws[18]
-    wide = jnp.array([0.30, 0.11])
+    wide = jnp.array([0.30, 0.11], jnp.float32)
     glow = bumps(grid, jnp.full(2, orb_x), jnp.full(2, orb_y), wide, 0.8 * wide)
     picture = over(picture, 0.5 + 0.5 * colour, jnp.clip(orb * 0.5 * jnp.asarray(ORB_GLOW)[time] * glow, 0.0, 1.0))
     distance = jnp.sqrt((grid.x - orb_x) ** 2 + (grid.y - orb_y) ** 2) - radius
     picture = over(picture, colour, orb * fill(distance, grid.pixel))
-    seas = bumps(grid, orb_x + jnp.array([-0.02, 0.022]), orb_y + jnp.array([-0.01, 0.018]), 0.014, 0.012)
+    seas = bumps(
+        grid,
+        orb_x + jnp.array([-0.02, 0.022], jnp.float32),
+        orb_y + jnp.array([-0.01, 0.018], jnp.float32),
+        0.014,
+        0.012,
+    )
     picture = over(picture, 0.8 * colour, jnp.where(time == 3, 0.5, 0.0) * orb * jnp.clip(seas, 0.0, 1.0))
     return _clouds(draws[19:29], picture, grid, time, is_cloudy)
 
@@ -153,16 +162,20 @@ def sky(
 def _clouds(draws: Float[Array, "10"], picture: Picture, grid: Grid, time: Array, strength: Array) -> Picture:
     """Two large clouds near the slot boundaries and, half of the time, a small third one."""
     jitter = draws[:9].reshape(3, 3)
-    cx = jnp.array([0.27, 0.72, 0.50]) + 0.06 * jitter[0]
-    cy = jnp.array([0.13, 0.19, 0.07]) + 0.025 * jitter[1]
-    scale = jnp.array([1.0, 0.9, 0.6]) * (1.0 + 0.12 * jitter[2])
+    cx = jnp.array([0.27, 0.72, 0.50], jnp.float32) + 0.06 * jitter[0]
+    cy = jnp.array([0.13, 0.19, 0.07], jnp.float32) + 0.025 * jitter[1]
+    scale = jnp.array([1.0, 0.9, 0.6], jnp.float32) * (1.0 + 0.12 * jitter[2])
     puff = np.array([[-0.085, 0.012], [0.0, -0.022], [0.085, 0.010]], np.float32)
     body, line = jnp.zeros_like(picture[0]), jnp.zeros_like(picture[0])
     third = (draws[9] > 0.0).astype(jnp.float32)
     for i, present in enumerate((1.0, 1.0, third)):
         x, y = cx[i] + scale[i] * puff[:, 0], cy[i] + scale[i] * puff[:, 1]
         density = bumps(
-            grid, x, y, scale[i] * jnp.array([0.050, 0.062, 0.048]), scale[i] * jnp.array([0.030, 0.042, 0.028])
+            grid,
+            x,
+            y,
+            scale[i] * jnp.array([0.050, 0.062, 0.048], jnp.float32),
+            scale[i] * jnp.array([0.030, 0.042, 0.028], jnp.float32),
         )
         depth = (grid.y - cy[i]) / scale[i]
         cloud = present * smooth(0.38, 0.72, density) * (1.0 - smooth(0.025, 0.055, depth))

@@ -75,7 +75,7 @@ def sample_scene(key: Array, split: str = "train") -> Scene:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     # One draw serves all choices: categories are floors of uniforms, orders and masked picks are their comparisons.
     triples = (len(PLACES), len(SLOT_KINDS), len(COLOURS))
-    draws = jax.random.uniform(key, (10 + int(np.prod(triples)),))
+    draws = jax.random.uniform(key, (10 + int(np.prod(triples)),), jnp.float32)
     time, sky, ground, count = (
         jnp.floor(draws[i] * num).astype(jnp.int32)
         for i, num in enumerate((len(TIMES), len(SKIES), len(GROUNDS), len(PLACES)))
@@ -111,7 +111,7 @@ def render(key: Array, scene: Scene, image_size: int = 64) -> Float[Array, "s s 
     """Renders a scene in [0, 1]; the key moves objects by up to 1.5/64, sizes by 6 %, and varies light and texture."""
     layout_key, ground_key = jax.random.split(key)
     grid = shapes.make_grid(image_size)
-    draws = jax.random.uniform(layout_key, (47,), minval=-1.0, maxval=1.0)
+    draws = jax.random.uniform(layout_key, (47,), jnp.float32, -1.0, 1.0)
     jitter, frame, light, sky_draws = draws[:9].reshape(3, 3), draws[9:12], draws[12:14], draws[14:]
     is_cloudy, orb = ((scene.sky == SKIES.index(name)).astype(jnp.float32) for name in ("cloudy", "orb"))
     horizon = 0.575 + 0.02 * frame[0]
@@ -137,7 +137,7 @@ def render(key: Array, scene: Scene, image_size: int = 64) -> Float[Array, "s s 
     picture = _objects(picture, grid, scene, slot_x, scale, horizon, jitter[2])
 
     exposure = 1.0 + 0.05 * light[0]
-    warmth = 0.02 * light[1] * jnp.array([1.0, 0.0, -1.0])
+    warmth = 0.02 * light[1] * jnp.array([1.0, 0.0, -1.0], jnp.float32)
     picture = picture * (exposure * (1.0 + warmth))[:, None, None]
     return jnp.clip(jnp.moveaxis(picture, 0, -1), 0.0, 1.0)
 

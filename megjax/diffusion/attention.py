@@ -3,6 +3,7 @@
 - TPU, bfloat16, many tokens: the flash kernel of JAX (T. Dao, "FlashAttention-2", 2023), in Pallas.
 - GPU, half precision: cuDNN's fused attention.
 - CPU, many tokens: heads one by one and queries in parts, which stay in the caches.
+- CPU and TPU, float16: in float32, as only GPUs have float16 products with float32 sums.
 - Everything else: XLA's own, queries in parts where float32 logits would not fit.
 """
 
@@ -51,20 +52,22 @@ def attend(
     dtype = value.dtype
     query, key, value = (x.reshape(*x.shape[:2], num_heads, -1) for x in (query, key, value))
 
-    def upcasting(kernel):
+    def upcasting(kernel, upcast=upcast):
         return lambda *heads: kernel(*(x.astype(jnp.float32) if upcast else x for x in heads)).astype(dtype)
 
-    whole = upcasting(_attend_whole)
+    whole = _attend_whole
     if mask is not None:
-        out = upcasting(partial(jax.nn.dot_product_attention, mask=mask[None, None]))(query, key, value)
-    else:
-        kernels = {}
-        if query.shape[1] * key.shape[1] >= MANY_LOGITS:
-            kernels["cpu"] = upcasting(_attend_in_parts)
-        if _can_flash(query, key, value):
-            kernels["tpu"] = _attend_flash
-        choose = partial(jax.lax.platform_dependent, **kernels, default=whole) if kernels else whole
-        out = choose(query, key, value)
+        whole = partial(jax.nn.dot_product_attention, mask=mask[None, None])
+    kernels = {}
+    if dtype == jnp.float16:
+        # Only GPUs add products of float16 numbers in float32: elsewhere JAX refuses them.
+        kernels = dict.fromkeys(("cpu", "tpu"), upcasting(whole, upcast=True))
+    if mask is None and query.shape[1] * key.shape[1] >= MANY_LOGITS:
+        kernels["cpu"] = upcasting(_attend_in_parts, upcast or dtype == jnp.float16)
+    if mask is None and _can_flash(query, key, value):
+        kernels["tpu"] = _attend_flash
+    choose = partial(jax.lax.platform_dependent, **kernels, default=upcasting(whole)) if kernels else upcasting(whole)
+    out = choose(query, key, value)
     return out.reshape(*out.shape[:2], -1)
 
 

@@ -1,9 +1,9 @@
 """Diffusers-layout weights to and from NNX parameters, strictly: a walk over the tree plus kernel transposes."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -15,6 +15,12 @@ from megjax.configs import read_json, require, require_content
 UNET_WEIGHTS = "diffusion_pytorch_model"
 TEXT_WEIGHTS = "model"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "U16", "U32", "U64", "BOOL")
+"""Types of a safetensors file that NumPy has, by their names there."""
+FLOAT8 = {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}
+"""Types of 8 bits by their names in a safetensors file, whose NumPy reader does not know them."""
+STORED = ("float32", "bfloat16", "float16", *(jnp.dtype(kind).name for kind in FLOAT8.values()))
+"""Types in which weights are stored."""
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 # Attention names of VAE checkpoints written before diffusers 0.17.
 LEGACY_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -78,14 +84,32 @@ def pickles_refused(where: str, names: list[str], model: str) -> ValueError:
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of one safetensors file, one at a time; ValueError naming the file if it is damaged or a pointer."""
+    """The tensors of one safetensors file, one at a time.
+
+    Raises ValueError naming the file if it is damaged or a pointer, and the tensor too for a type that NumPy lacks.
+    """
     try:
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
+                kind = file.get_slice(name).get_dtype()
+                if kind in FLOAT8:
+                    yield name, _read_float8(path, name)
+                    continue
+                require(kind in READABLE, f"{path}: type of {name}", kind, f"one of {(*READABLE, *FLOAT8)}")
                 yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         require_content(path)
         raise ValueError(f"{path} is not a whole safetensors file (truncated or corrupted): {error}") from None
+
+
+def _read_float8(path: Path, name: str) -> np.ndarray:
+    """A tensor of 8-bit floats, from its place in the file: a length of 8 bytes, that many of JSON, then the data."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))[name]
+        start, end = entry["data_offsets"]
+        file.seek(8 + length + start)
+        return np.frombuffer(file.read(end - start), FLOAT8[entry["dtype"]]).reshape(entry["shape"])
 
 
 def _torch_name(path: tuple) -> str:
@@ -155,10 +179,20 @@ def load_params(
     return graph, nnx.from_flat_state(flat)
 
 
+def check_storable(params: nnx.State, dtype, source: str) -> None:
+    """ValueError naming the first parameter of `source` that is too large for the type `dtype`."""
+    limit = float(jnp.finfo(dtype).max)
+    for path, value in nnx.to_flat_state(params):
+        largest = float(np.abs(np.asarray(value[...]).astype(np.float32)).max(initial=0.0))
+        allowed = f"at most {limit:g} to be stored as {jnp.dtype(dtype).name}"
+        # What is not finite already is stored as it is.
+        require(not limit < largest < np.inf, f"{source}: magnitude of {_torch_name(path)}", largest, allowed)
+
+
 def save_params(params: nnx.State, path: Path, *, dtype=np.float32, prefix: str = "") -> None:
     """Write `params` to the safetensors file `path` under their PyTorch names and shapes."""
     tensors = {
-        prefix + _torch_name(key): np.ascontiguousarray(_to_torch(key, np.asarray(value)).astype(dtype))
-        for key, value in nnx.to_flat_state(jax.device_get(params))
+        prefix + _torch_name(key): np.ascontiguousarray(_to_torch(key, np.asarray(value[...])).astype(dtype))
+        for key, value in nnx.to_flat_state(params)
     }
     save_file(tensors, path, metadata={"format": "pt"})

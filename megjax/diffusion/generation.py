@@ -125,7 +125,7 @@ def generate_latents(
     """
     noise_keys, step_keys = image_keys(key, ids.shape[0])
     if initial_noise is None:
-        initial_noise = jax.vmap(lambda k: jax.random.normal(k, shape))(noise_keys)
+        initial_noise = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(noise_keys)
     positive, negative = prompt_features(graphs, params, ids, negative_ids, clip_skip)
     x, state, end = samplers.scale_initial(sampler, initial_noise), None, sampler.num_steps if stop is None else stop
     draws = {"key": step_keys if sampler_noise is None else None, "noise": sampler_noise}

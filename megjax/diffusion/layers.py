@@ -38,8 +38,8 @@ class GroupNorm(nnx.Module):
     def __init__(self, channels: int, num_groups: int, eps: float, dtype=jnp.float32, *, rngs: nnx.Rngs):
         if channels % num_groups:
             raise ValueError(f"norm_num_groups is {num_groups}; it must divide the {channels} channels it normalises")
-        self.scale = nnx.Param(jnp.ones(channels))
-        self.bias = nnx.Param(jnp.zeros(channels))
+        self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
         self.num_groups, self.eps, self.dtype = num_groups, eps, dtype
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped, UInt32
 
-from megjax.configs import require, write_json
-from megjax.diffusion import generation, layout
+from megjax.configs import is_integer, require, require_count, require_number, require_type, write_json
+from megjax.diffusion import checkpoint, generation, layout
 from megjax.diffusion.clip import CLIPTextConfig
 from megjax.diffusion.generation import Graphs
 from megjax.diffusion.samplers import Sampler, make_sampler
@@ -20,6 +20,7 @@ from megjax.diffusion.scheduler_config import SAMPLERS, SchedulerConfig
 from megjax.diffusion.tokenization import load_tokenizer, save_tokenizer, tokenize
 from megjax.diffusion.unet import UNetConfig
 from megjax.diffusion.vae import VAEConfig
+from megjax.keys import as_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +75,9 @@ class StableDiffusion:
         """Load "scenes" (bundled), a local folder in the diffusers layout, or a model of the Hugging Face hub.
 
         Args:
-          dtype: of activations, float32 or bfloat16 (float16 also runs; the VAE then stays in float32 if it asks so).
+          dtype: of activations, float32, bfloat16 or float16 (the VAE then stays in float32 if it asks so).
             Products of float32 are as exact as `jax.default_matmul_precision` asks when a method is called.
-          param_dtype: of the parameters in memory.
+          param_dtype: of the parameters in memory, whatever type they are stored in, 8-bit floats included.
           variant: "fp16" or "non_ema" for the files so marked of the networks that have some, and the plain ones of the
             others; None takes full precision, else fp16.
 
@@ -84,9 +85,10 @@ class StableDiffusion:
           ValueError: no such folder or model, a pipeline or setting that is not supported, pickled or damaged weights,
             or tensors that do not fit (all of them listed).
         """
-        for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
-            allowed = ("float32", "bfloat16", "float16")
-            require(jnp.dtype(value).name in allowed, name, jnp.dtype(value).name, f"one of {allowed}")
+        dtype, param_dtype = (
+            getattr(jnp, require_type(name, value, ("float32", "bfloat16", "float16")).name)
+            for name, value in (("dtype", dtype), ("param_dtype", param_dtype))
+        )
         folder = layout.locate(path_or_hub_id, variant)
         configs = Configs(
             CLIPTextConfig.from_dict(layout.component_config(folder, "text_encoder"), dtype),
@@ -101,9 +103,13 @@ class StableDiffusion:
     def save_pretrained(self, folder: str | Path, *, dtype=np.float32, variant: str | None = None) -> None:
         """Write the diffusers layout to `folder`; diffusers' StableDiffusionPipeline opens it.
 
-        `dtype` is that of the stored tensors, `variant` the mark in their file names ("fp16" by convention).
+        `dtype` is that of the stored tensors (float32, bfloat16, float16, float8_e4m3fn or float8_e5m2), `variant` the
+        mark in their file names ("fp16" by convention). Raises ValueError, before anything is written, for another type
+        or one that is too small for a parameter.
         """
-        folder = Path(folder)
+        folder, dtype = Path(folder), require_type("dtype", dtype, checkpoint.STORED)
+        for name, part in self.params.items():
+            checkpoint.check_storable(part, dtype, name)
         layout.save_networks(folder, self.configs, self.params, dtype, variant)
         write_json(folder / "model_index.json", layout.model_index(self.configs.scheduler))
         write_json(folder / "scheduler" / "scheduler_config.json", self.configs.scheduler.to_dict())
@@ -128,9 +134,9 @@ class StableDiffusion:
         height, width = (self.image_size[axis] if value is None else value for axis, value in enumerate(given))
         for name, value in (("height", height), ("width", width)):
             factor = self.downsample
-            valid = isinstance(value, int) and value >= factor and value % factor == 0
+            valid = is_integer(value) and value >= factor and value % factor == 0
             require(valid, name, value, f"a positive multiple of {factor}")
-        return height // self.downsample, width // self.downsample, self.configs.vae.latent_channels
+        return int(height) // self.downsample, int(width) // self.downsample, self.configs.vae.latent_channels
 
     def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, "b l"]:
         """Token ids, int32; over-long prompts are cut with a warning. ValueError on an empty list."""
@@ -141,37 +147,45 @@ class StableDiffusion:
         name = self.configs.scheduler.sampler if sampler is None else sampler
         whose = "the checkpoint's own sampler" if sampler is None else "sampler"
         require(name in SAMPLERS, whose, name, f"one of {SAMPLERS}" + ", named by `sampler=`" * (sampler is None))
-        require(isinstance(num_steps, int) and num_steps >= 1, "num_steps", num_steps, "an integer of at least 1")
-        return self._sampler(name, num_steps, float(eta))
+        return self._sampler(name, require_count("num_steps", num_steps), require_number("eta", eta))
 
     def _arguments(
         self, ids, negative_ids, guidance_scale, guidance_interval, num_steps, sampler, eta, size, initial_noise
     ):
         shape = self.latent_shape(*size)
-        require(np.ndim(ids) == 2, "ids", np.shape(ids), "of shape [b l], as tokenize gives")
+        words = self.configs.text_encoder.vocab_size
+        ids = _as_ids("ids", ids, words)
         if initial_noise is not None:
             expected = (ids.shape[0], *shape)
-            require(initial_noise.shape == expected, "initial_noise's shape", initial_noise.shape, str(expected))
-        require(bool(np.isfinite(guidance_scale)), "guidance_scale", guidance_scale, "finite")
+            require(
+                np.shape(initial_noise) == expected, "initial_noise's shape", np.shape(initial_noise), str(expected)
+            )
+            initial_noise = jnp.asarray(initial_noise)
+        guidance_scale = require_number("guidance_scale", guidance_scale)
         guided = guidance_scale > 1.0
         if guided and negative_ids is None:
             negative_ids = np.repeat(self.tokenize([""]), ids.shape[0], axis=0)
         if guided:
+            negative_ids = _as_ids("negative_ids", negative_ids, words)
             shapes = negative_ids.shape, ids.shape
             require(shapes[0] == shapes[1], "negative_ids' shape", shapes[0], f"that of ids, {shapes[1]}")
-        return self.sampler(sampler, num_steps, eta), {
-            "shape": shape,
-            "negative_ids": negative_ids if guided else None,
-            "guidance_scale": jnp.float32(guidance_scale),
-            "guidance_interval": tuple(map(float, guidance_interval)),
-            "initial_noise": initial_noise,
-        }
+        return (
+            self.sampler(sampler, num_steps, eta),
+            ids,
+            {
+                "shape": shape,
+                "negative_ids": negative_ids if guided else None,
+                "guidance_scale": jnp.float32(guidance_scale),
+                "guidance_interval": tuple(map(float, guidance_interval)),
+                "initial_noise": initial_noise,
+            },
+        )
 
     def generate_latents(
         self,
-        key: Key[Array, ""],
-        ids: Int[Array | np.ndarray, "b l"],
-        negative_ids: Int[Array | np.ndarray, "b l"] | None = None,
+        key: Key[Array, ""] | UInt32[Array, "2"] | int,
+        ids: Int[Array | np.ndarray, "b l"] | Sequence[Sequence[int]],
+        negative_ids: Int[Array | np.ndarray, "b l"] | Sequence[Sequence[int]] | None = None,
         *,
         num_steps: int = 25,
         guidance_scale: float = 5.0,
@@ -190,9 +204,10 @@ class StableDiffusion:
         `negative_ids` defaults to the empty prompt; outside of `guidance_interval`, a share of the steps from the first
         on, there is no guidance. `initial_noise` (unit variance) replaces what `key` draws.
 
-        Raises ValueError on an unknown sampler, bad step count or interval, or sizes that `downsample` does not divide.
+        `key` may be a seed, which stands for `jax.random.key(seed)`, and ids nested lists. Raises ValueError on an
+        unknown sampler, bad step count or interval, no prompts, or sizes that `downsample` does not divide.
         """
-        table, options = self._arguments(
+        table, ids, options = self._arguments(
             ids,
             negative_ids,
             guidance_scale,
@@ -203,13 +218,15 @@ class StableDiffusion:
             (height, width),
             initial_noise,
         )
-        return self._latents(self.params, table, key, ids, sampler_noise=sampler_noise, clip_skip=clip_skip, **options)
+        return self._latents(
+            self.params, table, as_key(key), ids, sampler_noise=sampler_noise, clip_skip=clip_skip, **options
+        )
 
     def generate(
         self,
-        key: Key[Array, ""],
-        ids: Int[Array | np.ndarray, "b l"],
-        negative_ids: Int[Array | np.ndarray, "b l"] | None = None,
+        key: Key[Array, ""] | UInt32[Array, "2"] | int,
+        ids: Int[Array | np.ndarray, "b l"] | Sequence[Sequence[int]],
+        negative_ids: Int[Array | np.ndarray, "b l"] | Sequence[Sequence[int]] | None = None,
         *,
         num_steps: int = 25,
         guidance_scale: float = 5.0,
@@ -227,7 +244,7 @@ class StableDiffusion:
 
         `decode_batch` bounds how many images the decoder holds at once; the rest is as in `generate_latents`.
         """
-        table, options = self._arguments(
+        table, ids, options = self._arguments(
             ids,
             negative_ids,
             guidance_scale,
@@ -239,7 +256,7 @@ class StableDiffusion:
             initial_noise,
         )
         options |= {"sampler_noise": sampler_noise, "clip_skip": clip_skip, "decode_batch": decode_batch}
-        return self._image(self.params, table, key, ids, **options)
+        return self._image(self.params, table, as_key(key), ids, **options)
 
     def _generate(self, params, table, key, ids, *, decode_batch, **options):
         latents = generation.generate_latents(self.graphs, params, table, key, ids, **options)
@@ -249,13 +266,50 @@ class StableDiffusion:
         self, latents: Float[Array | np.ndarray, "b h w c"], batch_size: int | None = None
     ) -> Float[Array, "b H W 3"]:
         """Images in [0, 1] of latents, at most `batch_size` at a time."""
-        return self._decode(self.params, latents, batch_size=batch_size)
+        return self._decode(self.params, _as_batch("latents", latents), batch_size=batch_size)
 
     def encode(
-        self, images: Float[Array | np.ndarray, "b H W 3"], batch_size: int | None = None
+        self, images: Shaped[Array | np.ndarray, "b H W 3"], batch_size: int | None = None
     ) -> Float[Array, "b h w c"]:
-        """Mean latents of images in [0, 1], scaled as the U-Net sees them."""
-        return self._encode(self.params, images, batch_size=batch_size)
+        """Mean latents of images in [0, 1], or of uint8 up to 255, scaled as the U-Net sees them."""
+        return self._encode(self.params, _as_images(images), batch_size=batch_size)
+
+
+def _as_ids(name: str, ids: Any, words: int) -> Int[Array | np.ndarray, "b l"]:
+    """Token ids as an array; ValueError unless they are some integers [b l], outside jit below the number of words."""
+    try:
+        array = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    except ValueError:
+        raise ValueError(
+            f"{name} has rows of different lengths; it must be integers [b l], as tokenize gives"
+        ) from None
+    if array.ndim != 2 or array.size == 0 or not jnp.issubdtype(array.dtype, jnp.integer):
+        found = f"{array.dtype} of shape {array.shape}"
+        raise ValueError(f"{name} is {found}; it must be integers of shape [b l], as tokenize gives for some prompts")
+    if not isinstance(array, jax.core.Tracer):
+        ends = int(np.min(array)), int(np.max(array))
+        require(0 <= ends[0] and ends[1] < words, f"{name} from smallest to largest", ends, f"in 0 to {words - 1}")
+    return array
+
+
+def _as_batch(name: str, values: Any) -> Float[Array | np.ndarray, "b h w c"]:
+    """Latents or images as an array; ValueError unless there are some, of shape [b h w c]."""
+    array = values if isinstance(values, jax.Array) else np.asarray(values)
+    require(array.ndim == 4 and array.size > 0, f"{name}' shape", array.shape, "[b h w c], all of at least 1")
+    return array
+
+
+def _as_images(images: Any) -> Float[Array | np.ndarray, "b H W 3"]:
+    """Images in [0, 1]: uint8 divided by 255, real numbers as they are; ValueError for others, outside jit by value."""
+    images = _as_batch("images", images)
+    if images.dtype == np.uint8:
+        return images / np.float32(255)
+    real = jnp.issubdtype(images.dtype, jnp.floating)
+    require(real, "images' type", images.dtype.name, "uint8, of 0 to 255, or real, of 0 to 1")
+    if not isinstance(images, jax.core.Tracer):
+        ends = float(images.min()), float(images.max())
+        require(0 <= ends[0] and ends[1] <= 1, "images from smallest to largest", ends, "in 0 to 1, or uint8")
+    return images
 
 
 FlaxStableDiffusion = StableDiffusion

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from megjax.configs import require
+from megjax.configs import require_count
 from megjax.diffusion.scheduler_config import SchedulerConfig
 from megjax.diffusion.schedules import alphas_cumprod, prediction_weights
 
@@ -40,8 +40,7 @@ def refine(
     to zero, and the last step ends at alpha-bar 1. J. Song et al., "Denoising diffusion implicit models", 2021, eq. 12
     with sigma = 0. Levels below the schedule's last count as that one. Raises ValueError for fewer than one step.
     """
-    valid = isinstance(num_steps, int) and not isinstance(num_steps, bool) and num_steps >= 1
-    require(valid, "num_steps", num_steps, "an integer of at least 1")
+    num_steps = require_count("num_steps", num_steps)
     table = alphas_cumprod(config)
     lowest = max(float(table[-1]), 1e-4)  # at zero terminal SNR nothing of x0 could be recovered from epsilon
     first = jnp.clip(alpha_bar, lowest, 1 - 1e-6)
@@ -63,4 +62,4 @@ def refine(
         noise = wide(eps_x) * x + wide(eps_m) * output
         return wide(jnp.sqrt(after)) * clean + wide(jnp.sqrt(1 - after)) * noise, None
 
-    return jax.lax.scan(body, x.astype(jnp.float32), jnp.arange(num_steps))[0]
+    return jax.lax.scan(body, x.astype(jnp.float32), jnp.arange(num_steps, dtype=jnp.float32))[0]

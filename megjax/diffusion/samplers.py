@@ -279,8 +279,8 @@ def _pndm_step(sampler: Sampler, state: SolverState, output: Array, i: Any, x: A
 
 def _draw(key: Array, i: Any, shape: tuple[int, ...]) -> Array:
     if key.ndim == 0:
-        return jax.random.normal(jax.random.fold_in(key, i), shape)
-    return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), shape[1:]))(key)
+        return jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
+    return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), shape[1:], jnp.float32))(key)
 
 
 def denoise(

@@ -43,9 +43,12 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Int[np.ndarray
     `prompts` is empty, a single string, or holds something that is not a string.
     """
     require(not isinstance(prompts, str), "prompts", prompts, "a list of strings, not one string")
+    require(isinstance(prompts, Sequence | np.ndarray), "prompts", prompts, "a list of strings")
     require(len(prompts) > 0, "prompts", list(prompts), "a list of at least one string")
     for prompt in prompts:
         require(isinstance(prompt, str), "prompt", prompt, "a string")
+        whole = not any("\ud800" <= letter <= "\udfff" for letter in prompt)
+        require(whole, "prompt", prompt, "text without half of a surrogate pair, which is no character")
     limit, spelled = tokenizer.model_max_length, [_with_all_vectors(tokenizer, prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, tokenizer(spelled, truncation=False, verbose=False)["input_ids"], strict=True):
         if len(ids) > limit:

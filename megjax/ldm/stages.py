@@ -40,7 +40,7 @@ def vae_loss(graph: nnx.GraphDef, batch: int, image_size: int) -> Callable:
         images = 2.0 * images - 1.0
         vae: AutoencoderKL = nnx.merge(graph, params)
         mean, log_variance = vae.encode(images)
-        noise = jax.random.normal(noise_key, mean.shape)
+        noise = jax.random.normal(noise_key, mean.shape, jnp.float32)
         decoded = vae.decode(mean + jnp.exp(0.5 * log_variance) * noise)
         error = jnp.mean(jnp.square(decoded - images))
         divergence = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance)
@@ -64,8 +64,8 @@ def scenenet_loss(graph: nnx.GraphDef, batch: int, image_size: int) -> Callable:
             draw_scenes(held_out_key, batch // 2, image_size, "held_out"),
         )
         drawn, images = jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves)
-        level = jax.random.uniform(level_key, (batch, 1, 1, 1), maxval=0.1)
-        noisy = images + level * jax.random.normal(noise_key, images.shape)
+        level = jax.random.uniform(level_key, (batch, 1, 1, 1), jnp.float32, maxval=0.1)
+        noisy = images + level * jax.random.normal(noise_key, images.shape, jnp.float32)
         labels = jax.vmap(scenes.labels)(drawn)
         mask = scenenet.slot_mask(labels)
         _, logits = nnx.merge(graph, params)(noisy)
@@ -93,14 +93,15 @@ def unet_loss(
     def loss_fn(params, data, key):
         keys = jax.random.split(key, 6)
         count, phrasings = data["ids"].shape[:2]
-        rows = jax.random.randint(keys[0], (batch,), 0, count)
-        ids = data["ids"][rows, jax.random.randint(keys[1], (batch,), 0, phrasings)].astype(jnp.int32)
-        dropped = jax.random.bernoulli(keys[2], CAPTION_DROPOUT, (batch, 1))
+        rows = jax.random.randint(keys[0], (batch,), 0, count, jnp.int32)
+        ids = data["ids"][rows, jax.random.randint(keys[1], (batch,), 0, phrasings, jnp.int32)].astype(jnp.int32)
+        dropped = jax.random.bernoulli(keys[2], jnp.float32(CAPTION_DROPOUT), (batch, 1))
         ids = jnp.where(dropped, empty_ids[None], ids)
         mean, log_variance = (data[name][rows].reshape(-1, *latent_shape) for name in ("mean", "log_variance"))
-        clean = scaling_factor * (mean + jnp.exp(0.5 * log_variance) * jax.random.normal(keys[3], mean.shape))
-        timesteps = jax.random.randint(keys[4], (batch,), 0, len(alpha_bars))
-        noise = jax.random.normal(keys[5], clean.shape)
+        posterior_noise = jax.random.normal(keys[3], mean.shape, jnp.float32)
+        clean = scaling_factor * (mean + jnp.exp(0.5 * log_variance) * posterior_noise)
+        timesteps = jax.random.randint(keys[4], (batch,), 0, len(alpha_bars), jnp.int32)
+        noise = jax.random.normal(keys[5], clean.shape, jnp.float32)
         text_encoder, unet = (nnx.merge(g, p) for g, p in zip(graphs, params, strict=True))
         predicted = unet(add_noise(alpha_bars, clean, noise, timesteps), timesteps, text_encoder(ids))
         return jnp.mean(jnp.square(predicted - velocity(alpha_bars, clean, noise, timesteps))), {}

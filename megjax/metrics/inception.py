@@ -24,8 +24,8 @@ class BatchNorm(nnx.Module):
     """Batch normalisation (Ioffe and Szegedy 2015) by stored statistics, as one multiply-add per element."""
 
     def __init__(self, channels: int):
-        self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
-        self.mean, self.var = nnx.Param(jnp.zeros(channels)), nnx.Param(jnp.ones(channels))
+        self.scale, self.bias = nnx.Param(jnp.ones(channels, jnp.float32)), nnx.Param(jnp.zeros(channels, jnp.float32))
+        self.mean, self.var = nnx.Param(jnp.zeros(channels, jnp.float32)), nnx.Param(jnp.ones(channels, jnp.float32))
 
     def __call__(self, x: Maps) -> Maps:
         slope = self.scale * jax.lax.rsqrt(self.var + 1e-3)

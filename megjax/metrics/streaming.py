@@ -114,8 +114,8 @@ def _sized(cls: type[GaussianMoments], num_features: int) -> type[GaussianMoment
         def empty(cls) -> GaussianMoments:
             return cls(
                 count=jnp.zeros((), jnp.int32),
-                mean=jnp.zeros(num_features),
-                scatter=jnp.zeros((num_features, num_features)),
+                mean=jnp.zeros(num_features, jnp.float32),
+                scatter=jnp.zeros((num_features, num_features), jnp.float32),
             )
 
         @classmethod

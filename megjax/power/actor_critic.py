@@ -132,7 +132,7 @@ class LearnedPower:
     ) -> Float[Array, ""]:
         """Power of block `block` (from 0, not the last) with this energy left, all gains so far being the same."""
         plan = static_power(self.table, problem.weights, problem.snr, problem.energy, problem.max_power)
-        known = jnp.full(self.config.num_blocks, gain)
+        known = jnp.full(self.config.num_blocks, gain, jnp.float32)
         row = jax.tree.map(lambda x: x[block], episode_features(known, problem, plan, self.config.history))
         offset, _ = nnx.merge(self.graph, self.state)((observation(row, energy) - self.mean) / self.std)
         return jnp.minimum(share_of_offset(row.share, offset) * energy, problem.max_power)
@@ -192,5 +192,5 @@ def blank_policy(config: ActorCriticConfig) -> LearnedPower:
     graph, shapes = nnx.split(nnx.eval_shape(lambda: Actor(config, nnx.Rngs(0))))
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     size = observation_size(config.num_blocks, config.history)
-    table = LoadTable(jnp.zeros(TABLE_SIZE), jnp.zeros(()))
-    return LearnedPower(config, graph, state, jnp.zeros(size), jnp.ones(size), table)
+    table = LoadTable(jnp.zeros(TABLE_SIZE, jnp.float32), jnp.zeros((), jnp.float32))
+    return LearnedPower(config, graph, state, jnp.zeros(size, jnp.float32), jnp.ones(size, jnp.float32), table)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from megjax.configs import require
+from megjax.configs import require, require_count
 from megjax.power.environment import EnvParams, EnvState, PowerControl, share_of_offset
 from megjax.units import linear_to_db
 
@@ -73,7 +73,7 @@ class GymnasiumVectorPowerControl(gymnasium.vector.VectorEnv):
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
 
     def __init__(self, env: PowerControl, params: EnvParams, num_envs: int, seed: int = 0):
-        require(isinstance(num_envs, int) and num_envs >= 1, "num_envs", num_envs, "an integer of at least 1")
+        require_count("num_envs", num_envs)
         self.num_envs = num_envs
         self.single_observation_space, self.single_action_space = _spaces(env)
         self.observation_space = batch_space(self.single_observation_space, num_envs)

@@ -138,7 +138,7 @@ def _useful(problem: Problem, blocks_left) -> Array:
 
 
 def _energy_grid(useful: Float[Array, ""]) -> Float[Array, " e"]:
-    return useful * (jnp.arange(ENERGIES) / (ENERGIES - 1)) ** 3
+    return useful * (jnp.arange(ENERGIES, dtype=jnp.float32) / (ENERGIES - 1)) ** 3
 
 
 def _price_at(energy: Array, log_prices: Float[Array, " e"], useful: Float[Array, ""]) -> Array:

@@ -170,14 +170,14 @@ class PowerControl:
     def begin(self, key: Key[Array, ""], params: EnvParams) -> Episode:
         """Draw an episode: SNR, weights, gains, and the plan for them."""
         snr_key, kind_key, spread_key, gain_key, quality_key = jax.random.split(key, 5)
-        snr_db = jax.random.uniform(snr_key, minval=params.min_snr_db, maxval=params.max_snr_db)
+        snr_db = jax.random.uniform(snr_key, (), jnp.float32, params.min_snr_db, params.max_snr_db)
         kinds, levels, _ = params.weights.shape
-        weights = params.weights[jax.random.randint(kind_key, (), 0, kinds) if kinds > 1 else 0]
+        weights = params.weights[jax.random.randint(kind_key, (), 0, kinds, jnp.int32) if kinds > 1 else 0]
         if levels > 1:
             weights = jax.vmap(lambda column: jnp.interp(snr_db, params.grid_db, column), 1)(weights)
         else:
             weights = weights[0]
-        spread = params.weight_spread * jax.random.normal(spread_key, (self.num_blocks,))
+        spread = params.weight_spread * jax.random.normal(spread_key, (self.num_blocks,), jnp.float32)
         weights = weights * jnp.exp(spread)
         problem = Problem(
             db_to_linear(snr_db), weights / weights.mean(), self.num_blocks * params.mean_power, params.max_power
@@ -187,7 +187,7 @@ class PowerControl:
         if params.csi is None:
             gains = params.fading.sample(gain_key, self.num_blocks)
             known = received = squared_magnitude(gains)
-            error_var = jnp.zeros(self.num_blocks)
+            error_var = jnp.zeros(self.num_blocks, jnp.float32)
         else:
             knowledge = params.csi.sample(gain_key, params.fading, self.num_blocks, 1 / problem.snr)
             gains, error_var = knowledge.gains, knowledge.error_var
@@ -204,7 +204,7 @@ class PowerControl:
     def start(self, episode: Episode) -> tuple[Float[Array, " o"], EnvState]:
         """Observation and state before the first block of an episode."""
         energy = jnp.asarray(episode.problem.energy, jnp.float32)
-        state = EnvState(episode, jnp.int32(0), energy, jnp.zeros(self.num_blocks))
+        state = EnvState(episode, jnp.int32(0), energy, jnp.zeros(self.num_blocks, jnp.float32))
         return self.observe(state), state
 
     def step(
@@ -304,7 +304,12 @@ def episode_features(known: Float[Array, " t"], problem: Problem, plan: Float[Ar
     share = jnp.minimum((1 - PLAN_FLOOR) * share + PLAN_FLOOR / left, 1.0)
     log_gains = jnp.log(known + GAIN_FLOOR)
     odds = jnp.log(share) - jnp.log(jnp.maximum(1 - share, 1e-3))
-    columns = [log_gains, odds / 2, jnp.full(num_blocks, linear_to_db(problem.snr) / 10), left / num_blocks]
+    columns = [
+        log_gains,
+        odds / 2,
+        jnp.full(num_blocks, linear_to_db(problem.snr) / 10, jnp.float32),
+        left / num_blocks,
+    ]
     ahead = blocks[:, None] + blocks[None]
     weights = jnp.where(ahead < num_blocks, problem.weights[np.minimum(ahead, num_blocks - 1)], 0.0)
     mean = weights.sum(1, keepdims=True) / left[:, None]

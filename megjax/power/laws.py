@@ -51,7 +51,7 @@ def gain_law(fading: Fading, num_blocks: int = 16) -> GainLaw:
     """
     check_num_blocks(num_blocks)
     if isinstance(fading, NoFading):
-        return GainLaw(jnp.ones(1), jnp.ones(1))
+        return GainLaw(jnp.ones(1, jnp.float32), jnp.ones(1, jnp.float32))
     log_gains = np.linspace(*_LOG_RANGE, NUM_NODES)
     gains = np.exp(log_gains)
     if isinstance(fading, RayleighFading | JakesFading | GaussMarkovFading):
@@ -105,7 +105,7 @@ def load_table(law: GainLaw) -> LoadTable:
         worthwhile = -log_benefit(middle) <= levels
         return jnp.where(worthwhile, middle, low), jnp.where(worthwhile, high, middle)
 
-    bracket = jnp.zeros(TABLE_SIZE), jnp.full(TABLE_SIZE, 28.0)
+    bracket = jnp.zeros(TABLE_SIZE, jnp.float32), jnp.full(TABLE_SIZE, 28.0, jnp.float32)
     log_snr = jax.lax.fori_loop(0, _BISECTIONS, halve, bracket)[0].at[0].set(0.0)
     return LoadTable(log_snr, jnp.log(mean_gain))
 

@@ -117,7 +117,9 @@ class ChannelInversion:
     def allocate(self, gains: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
         """As in `Policy`."""
         nodes, probabilities = self.law
-        thresholds = jnp.interp(jnp.linspace(0, 1, _THRESHOLDS, endpoint=False), jnp.cumsum(probabilities), nodes)
+        thresholds = jnp.interp(
+            jnp.linspace(0, 1, _THRESHOLDS, endpoint=False, dtype=jnp.float32), jnp.cumsum(probabilities), nodes
+        )
         sent = nodes[None] >= thresholds[:, None]
         inverse = self.law.mean(jnp.where(sent, 1 / jnp.maximum(nodes, 1e-20), 0.0))
         level, share = problem.energy / gains.shape[0] / inverse, self.law.mean(jnp.where(sent, 1.0, 0.0))

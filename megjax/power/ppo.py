@@ -123,7 +123,7 @@ class PPO:
         key, network_key = jax.random.split(key)
         params = nnx.split(ActorCritic(self.network, nnx.Rngs(network_key)))[1]
         size = self.env.observation_space().shape[0]
-        moments = Moments(jnp.zeros(size), jnp.ones(size), jnp.float32(0))
+        moments = Moments(jnp.zeros(size, jnp.float32), jnp.ones(size, jnp.float32), jnp.float32(0))
         hyper = Hyperparameters(*(jnp.asarray(x, jnp.float32) for x in hyper))
         return TrainState(jnp.int32(0), key, params, self._optimizer().init(params), moments, hyper)
 
@@ -143,7 +143,7 @@ class PPO:
 
     def update(self, state: TrainState, params: EnvParams) -> tuple[TrainState, dict[str, Array]]:
         """One rollout and the epochs over it; metrics are means over the rollout and the minibatches."""
-        config, done = self.config, state.step / self.config.num_updates
+        config, done = self.config, state.step.astype(jnp.float32) / self.config.num_updates
         episode_key, action_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         # Moments from the rollouts before, so that the old log-probabilities stay those of the policy that acted.
         model = nnx.merge(self.graph, state.params)
@@ -192,7 +192,7 @@ class PPO:
         num, env = self.config.num_envs, self.env
         episodes = jax.vmap(env.begin, (0, None))(jax.random.split(episode_key, num), params)
         rows = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:-1], episodes.features)
-        noise = jax.random.normal(action_key, (env.num_blocks - 1, num))
+        noise = jax.random.normal(action_key, (env.num_blocks - 1, num), jnp.float32)
         max_power = episodes.problem.max_power
         look = jax.vmap(observation)
 
@@ -227,16 +227,16 @@ class PPO:
         """Rewards of the blocks in units of the returned scale [n]."""
         env, num = self.env, len(power)
         if env.quality is not None:
-            states = EnvState(episodes, jnp.full(num, env.num_blocks), jnp.zeros(num), power)
+            states = EnvState(episodes, jnp.full(num, env.num_blocks), jnp.zeros(num, jnp.float32), power)
             final = jax.vmap(env.final_reward)(states)
-            return jnp.zeros_like(power).at[:, -1].set(final), jnp.ones(num)
-        scale = episodes.scale if self.config.relative else jnp.ones(num)
+            return jnp.zeros_like(power).at[:, -1].set(final), jnp.ones(num, jnp.float32)
+        scale = episodes.scale if self.config.relative else jnp.ones(num, jnp.float32)
         return -jax.vmap(env.errors)(episodes, power) / scale[:, None], scale
 
     def _critic_inputs(self, episodes: Episode, obs, energies, scale) -> tuple[Array, Array]:
         """What the critic sees [t n c], and the return [t n] that it corrects: that of following the plan from here."""
         if not self.config.asymmetric:
-            return obs, jnp.zeros(obs.shape[:2])
+            return obs, jnp.zeros(obs.shape[:2], jnp.float32)
         num_blocks = self.env.num_blocks
         blocks = np.arange(num_blocks)
         ahead = blocks[:-1, None] + blocks[None]
@@ -260,7 +260,7 @@ class PPO:
         """Advantages standardised among episodes of similar SNR, so that no SNR drowns the others."""
         width = jnp.maximum(params.max_snr_db - params.min_snr_db, 1e-3) / SNR_BINS
         index = jnp.clip((snr_db - params.min_snr_db) / width, 0, SNR_BINS - 1).astype(jnp.int32)
-        member = jax.nn.one_hot(index, SNR_BINS)
+        member = jax.nn.one_hot(index, SNR_BINS, dtype=jnp.float32)
         counts = jnp.maximum(member.sum(0), 1.0)
         centred = advantages - (exact_matmul(advantages.mean(0), member) / counts)[index][None]
         deviation = jnp.sqrt(exact_matmul(jnp.square(centred).mean(0), member) / counts)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from megjax.configs import require
+from megjax.configs import require, require_count
 from megjax.units import check_snr_db, db_to_linear
 
 
@@ -52,8 +52,7 @@ def power_problem(
 
 def check_num_blocks(num_blocks: int) -> None:
     """ValueError unless T is an integer of at least 1."""
-    valid = isinstance(num_blocks, int | np.integer) and not isinstance(num_blocks, bool) and num_blocks >= 1
-    require(valid, "num_blocks", num_blocks, "an integer of at least 1")
+    require_count("num_blocks", num_blocks)
 
 
 def check_powers(mean_power: float, max_power: float) -> None:

@@ -178,7 +178,7 @@ class Bench:
             num_symbols("seed", (), self.pipe.latent_shape(), point.rate)
             return
         plain = dataclasses.replace(point, scheme="centralized") if point.scheme == "centralized-coded" else point
-        self._make(plain, BlockWeights(jnp.zeros(1), jnp.ones((1, self.config.num_blocks))))
+        self._make(plain, BlockWeights(jnp.zeros(1, jnp.float32), jnp.ones((1, self.config.num_blocks), jnp.float32)))
 
     @functools.cache  # noqa: B019
     def simulator(self, point: Point) -> Simulator:

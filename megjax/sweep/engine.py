@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from megjax.configs import require
+from megjax.configs import require, require_count
 from megjax.power import LearnedPower
 from megjax.processes import check_others, gather, is_first, joint, num_processes, process_id, wait_for_file
 from megjax.sweep.bench import Bench, make_bench
@@ -46,7 +46,7 @@ def run_sweep(
     configuration or folder; and, leaving all finished points, for a damaged file or a disk that takes no more. Then
     other processes raise ProcessFailed after the point that they are at.
     """
-    require(isinstance(batch, int) and batch >= 1, "batch", batch, "an integer of at least 1")
+    require_count("batch", batch)
     for name in config.fadings:
         find_fading(name)
     for name in config.policies:

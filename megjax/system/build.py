@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, UInt32
 
 from megjax.channel import Fading, RayleighFading
 from megjax.codec import SeedCodec, link
 from megjax.codec.linear import LatentStatistics
 from megjax.codec.network import SeedNetwork
 from megjax.codec.schemes import KLTScheme, LearnedScheme, RawScheme, Scheme
-from megjax.configs import require
+from megjax.configs import require, require_count, require_number
 from megjax.diffusion.pipeline import StableDiffusion
+from megjax.keys import as_key
 from megjax.power import EqualPower, Policy, make_policy
 from megjax.system import simulator as simulators
 from megjax.system.image_codec import CodedImageLink, ImageCodecTable
@@ -179,7 +180,9 @@ def make_simulator(
     Raises:
       ValueError: an unknown name, parts that do not fit each other, or a number out of range.
     """
-    require(scheme in SCHEMES, "scheme", scheme, f"one of {tuple(SCHEMES)}")
+    require(isinstance(pipe, StableDiffusion), "pipe", type(pipe).__name__, "a StableDiffusion")
+    require(not isinstance(codec, StableDiffusion), "codec", type(codec).__name__, "a SeedCodec, a Scheme or None")
+    require(isinstance(scheme, str) and scheme in SCHEMES, "scheme", scheme, f"one of {tuple(SCHEMES)}")
     variant = SCHEMES[scheme][0] if variant is None else variant
     require(variant in SCHEMES[scheme], f"variant of {scheme!r}", variant, f"one of {SCHEMES[scheme]}")
     require(mode in MODES, "mode", mode, f"one of {MODES}")
@@ -257,9 +260,9 @@ def measured_weights(
     """Importance of the seed's blocks at these effective SNRs; equal where the codec cannot say."""
     levels = tuple(float(level) for level in snr_db)
     if codec is None or codec.validation is None:
-        return BlockWeights(jnp.asarray(levels), jnp.ones((len(levels), way.num_blocks)))
+        return BlockWeights(jnp.asarray(levels, jnp.float32), jnp.ones((len(levels), way.num_blocks), jnp.float32))
     rows = [codec.block_weights(way.num_symbols, level, way.num_blocks, way.mapping) for level in levels]
-    return BlockWeights(jnp.asarray(levels), jnp.stack(rows))
+    return BlockWeights(jnp.asarray(levels, jnp.float32), jnp.stack(rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,7 +329,7 @@ class _Parts:
 
 
 def simulate(
-    key: Key[Array, ""],
+    key: Key[Array, ""] | UInt32[Array, "2"] | int,
     pipe: StableDiffusion,
     codec: SeedCodec | Scheme | None,
     prompts: Sequence[str],
@@ -341,12 +344,12 @@ def simulate(
 ) -> Transmission:
     """Prompts to received images in one call, compiled as one program; `options` are those of `make_simulator`.
 
-    A second call with the same shapes and options does not compile again. Raises ValueError as `make_simulator`, and
-    for an SNR that is not a number or no prompts.
+    A second call with the same shapes and options does not compile again. `key` may be a seed. Raises ValueError as
+    `make_simulator`, and for an SNR that is not a number or no prompts.
     """
     require(check_snr_db(snr_db).ndim == 0, "snr_db", snr_db, "one number in dB")
-    require(isinstance(realisations, int) and realisations >= 1, "realisations", realisations, "an integer, 1 or more")
-    require(bool(np.isfinite(guidance_scale)), "guidance_scale", guidance_scale, "finite")
+    key, realisations = as_key(key), require_count("realisations", realisations)
+    guidance_scale = require_number("guidance_scale", guidance_scale)
     made = make_simulator(pipe, codec, scheme, fading, policy, guided=guidance_scale > 1, **options)
     ids = pipe.tokenize(prompts)
     return simulators.run(made, key, made.params, ids, jnp.float32(snr_db), jnp.float32(guidance_scale), realisations)

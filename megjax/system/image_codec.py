@@ -128,7 +128,7 @@ def fit_image_codec(
         jnp.asarray(levels, jnp.float32),
         jnp.asarray([choice for _, choice, _ in best], jnp.int32),
         jnp.asarray([rate for _, _, rate in best], jnp.float32),
-        jnp.asarray(mean_image),
+        jnp.asarray(mean_image, jnp.float32),
     )
 
 
@@ -174,7 +174,9 @@ class CodedImageLink:
         """`code` from the bytes [b] and the decoded images [b H W 3] of the SNR's choice, which the host has made."""
         rate = params.rate[jnp.argmin(jnp.abs(params.snr_db - snr_db))]
         count = jnp.ceil(8 * jnp.asarray(sizes, jnp.float32) / rate)
-        return Code(jnp.asarray(decoded), rate, count, mean_power(count, energy), jnp.ones(self.num_blocks))
+        return Code(
+            jnp.asarray(decoded), rate, count, mean_power(count, energy), jnp.ones(self.num_blocks, jnp.float32)
+        )
 
     def transmit(self, params, key, payload, shared, gains, power, noise_var) -> Float[Array, "H W 3"]:
         """As in `Link`; `key` is unused, as noise is in the capacity."""

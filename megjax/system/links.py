@@ -190,7 +190,9 @@ def _to_bits(image: Float[Array, "H W 3"], length: int) -> Bool[Array, " s"]:
 
 
 def _from_bits(bits: Bool[Array, " s"], shape: tuple[int, int, int]) -> Float[Array, "H W 3"]:
-    values = jnp.where(bits[: 8 * int(np.prod(shape))].reshape(-1, 8), 2.0 ** jnp.arange(7, -1, -1)[None], 0.0)
+    values = jnp.where(
+        bits[: 8 * int(np.prod(shape))].reshape(-1, 8), 2.0 ** jnp.arange(7, -1, -1, dtype=jnp.float32)[None], 0.0
+    )
     return (values.sum(-1) / 255).reshape(shape)
 
 

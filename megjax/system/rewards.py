@@ -40,7 +40,7 @@ def image_quality(
 
     def quality(key, gains, power, snr_db):
         image_key, noise_key = jax.random.split(key)
-        index = jax.random.randint(image_key, (), 0, len(latents))
+        index = jax.random.randint(image_key, (), 0, len(latents), jnp.int32)
         spending = link.spending(network.spend(snr_db, num_symbols), num_symbols, gains.shape[0], mapping)
         values = network.encode(latents[index][None], snr_db, num_symbols)[0]
         levels = jnp.full(1, snr_db, jnp.float32), jnp.full(1, num_symbols)

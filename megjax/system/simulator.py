@@ -260,7 +260,7 @@ class Simulator:
         """Symbols in each block, fractions where K is known only when it runs."""
         blocks = self.link.num_blocks
         if getattr(self.link, "num_symbols", None) == 0:
-            return jnp.zeros((1, 1, blocks))
+            return jnp.zeros((1, 1, blocks), jnp.float32)
         if hasattr(self.link, "num_symbols"):
             return jnp.asarray(symbols_per_block(self.link.num_symbols, blocks), jnp.float32)[None, None]
         return jnp.broadcast_to(code.num_symbols[:, None, None] / blocks, (len(code.num_symbols), 1, blocks))

@@ -1,6 +1,7 @@
 """Links whose device goes on denoising: from a noisy latent, from a seed's estimate, or from the prompt alone."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from scipy.optimize import nnls
 from megjax.channel import Fading, equalize_lmmse, post_equalisation_snr, symbols_per_block, transmit
 from megjax.channel.numerics import squared_magnitude
 from megjax.codec.schemes import Scheme, realisation_keys
-from megjax.configs import require
+from megjax.configs import require, require_count
 from megjax.system.links import AnalogLink, Code, Noisy, Source, from_blocks, mean_power, to_blocks
 from megjax.units import db_to_linear
 
@@ -64,7 +65,7 @@ class SplitLink:
 
     def _moments(self, params: SplitConstants) -> tuple[Float[Array, " c"], Float[Array, ""]]:
         """Mean by channel and mean variance of what is sent."""
-        return np.sqrt(self.level) * params.mean, self.level * params.variance + 1 - self.level
+        return math.sqrt(self.level) * params.mean, self.level * params.variance + 1 - self.level
 
     def code(self, params: SplitConstants, source: Source, snr_db: Float[ArrayLike, ""], energy: float | None) -> Code:
         """As in `Link`; the payload are the latents at zero mean and unit variance, not yet spread."""
@@ -72,11 +73,13 @@ class SplitLink:
         values = (source.partial - mean[None, None, None]) / jnp.sqrt(variance)
         power = mean_power(self.num_symbols, energy)
         payload = values.reshape(len(values), -1)
-        return Code(payload, (), jnp.float32(self.num_symbols), power, jnp.ones(self.num_blocks))
+        return Code(payload, (), jnp.float32(self.num_symbols), power, jnp.ones(self.num_blocks, jnp.float32))
 
     def transmit(self, params, key, payload, shared, gains, power, noise_var) -> Noisy:
         """As in `Link`."""
-        signs = jax.random.rademacher(jax.random.fold_in(key, _NOISE_STREAM), (self.num_symbols,), jnp.float32)
+        # `jax.random.rademacher` would draw 64-bit numbers in 64-bit mode, whatever its result's type.
+        heads = jax.random.bernoulli(jax.random.fold_in(key, _NOISE_STREAM), jnp.float32(0.5), (self.num_symbols,))
+        signs = jnp.where(heads, jnp.float32(1), jnp.float32(-1))
         received = transmit(key, to_blocks(spread(payload, signs), self.num_blocks), gains, power, noise_var)
         estimate = from_blocks(equalize_lmmse(received, gains, power, noise_var), self.num_symbols)
         shares = jnp.asarray(symbols_per_block(self.num_symbols, self.num_blocks) / self.num_symbols, jnp.float32)
@@ -206,7 +209,7 @@ class SeedSplitLink:
 
     def transmit(self, params, key, payload, shared, gains, power, noise_var) -> PyTree:
         """As in `Link`: what the seed's receiver has, s, and w."""
-        noise = jax.random.normal(jax.random.fold_in(key, _NOISE_STREAM), self.latent_shape)
+        noise = jax.random.normal(jax.random.fold_in(key, _NOISE_STREAM), self.latent_shape, jnp.float32)
         received = self.analog.transmit(params.codec, key, payload, shared, gains, power, noise_var)
         error = params.errors.at(shared[1], post_equalisation_snr(gains, power, noise_var))
         return received, self.renoise * error, noise
@@ -237,13 +240,13 @@ class PromptLink:
 
     def code(self, params: Any, source: Source, snr_db: Float[ArrayLike, ""], energy: float | None) -> Code:
         """As in `Link`: no values, no symbols, no energy."""
-        payload = jnp.zeros((len(source.latents), 0))
-        return Code(payload, (), jnp.float32(0), jnp.float32(1), jnp.ones(self.num_blocks))
+        payload = jnp.zeros((len(source.latents), 0), jnp.float32)
+        return Code(payload, (), jnp.float32(0), jnp.float32(1), jnp.ones(self.num_blocks, jnp.float32))
 
     def transmit(self, params, key, payload, shared, gains, power, noise_var) -> Noisy:
         """As in `Link`: noise of the device's own."""
-        noise = jax.random.normal(jax.random.fold_in(key, _NOISE_STREAM), self.latent_shape)
-        return Noisy(noise, jnp.zeros(()))
+        noise = jax.random.normal(jax.random.fold_in(key, _NOISE_STREAM), self.latent_shape, jnp.float32)
+        return Noisy(noise, jnp.zeros((), jnp.float32))
 
     def decode(self, params: Any, received: Noisy, shared: PyTree) -> Noisy:
         """As in `Link`."""
@@ -252,4 +255,4 @@ class PromptLink:
 
 def check_device_steps(steps: int) -> None:
     """ValueError unless it is an integer of at least 1."""
-    require(isinstance(steps, int) and steps >= 1, "device_steps", steps, "an integer of at least 1")
+    require_count("device_steps", steps)

@@ -253,21 +253,21 @@ def random_params():
 
 
 @pytest.fixture(scope="session")
-def bfloat16_close():
-    """Check `low`, an output computed in bfloat16, against the float32 one.
+def half_close():
+    """Check `low`, an output computed in bfloat16 or `dtype`, against the float32 one.
 
-    Each layer rounds its weights, its input and its output by a uniform relative error of at most 2^-8 (root mean
-    square 2^-8 / sqrt(3)), so by 2^-8 together. With gains of about one, independent layers add in squares: at most
-    2^-8 times the root of the number of layers, here counted as weight kernels. Less than 2^-11 would mean that
-    float32 had been used.
+    Each layer rounds its weights, its input and its output by a uniform relative error of at most u, half of the type's
+    epsilon: 2^-8 for bfloat16 (root mean square u / sqrt(3)), so by u together. With gains of about one, independent
+    layers add in squares: at most u times the root of the number of layers, here counted as weight kernels, and `gain`
+    times as much where layers pass on more than they get. Less than u / 8 would mean that float32 had been used.
     """
 
-    def check(low, high, params):
+    def check(low, high, params, dtype=jnp.bfloat16, gain=1.0):
         low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
         assert np.isfinite(low).all()
         kernels = sum(path[-1] in ("kernel", "embedding") for path, _ in nnx.to_flat_state(params))
-        error = np.sqrt(np.mean((low - high) ** 2) / np.mean(high**2))
-        assert 2.0**-11 < error < 2.0**-8 * np.sqrt(kernels)
+        error, unit = np.sqrt(np.mean((low - high) ** 2) / np.mean(high**2)), float(jnp.finfo(dtype).eps) / 2
+        assert unit / 8 < error < gain * unit * np.sqrt(kernels)
 
     return check
 

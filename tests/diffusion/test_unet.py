@@ -148,10 +148,10 @@ def test_upsampling_to_any_size_equals_torch(length):
         np.testing.assert_array_equal(ours[0, :, :, 0], reference[0, 0])
 
 
-def test_bfloat16_is_close_to_float32(tiny_unet, bfloat16_close):
+def test_bfloat16_is_close_to_float32(tiny_unet, half_close):
     low, reference = tiny_unet.replace(dtype=jnp.bfloat16).unet_outputs(8, 4)
     assert low.dtype == jnp.float32
-    bfloat16_close(low, reference, tiny_unet.params)
+    half_close(low, reference, tiny_unet.params)
 
 
 @pytest.mark.parametrize("upcast", [False, True])
