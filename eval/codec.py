@@ -37,7 +37,7 @@ from megjax.codec.schemes import (
     realisation_keys,
     simulate,
 )
-from megjax.configs import read_json, require, require_positive_integers, write_json
+from megjax.configs import in_one_step, read_json, require, require_positive_integers, write_json
 from megjax.data.latents import generate, model_digest, scene_captions
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.metrics import psnr
@@ -291,9 +291,8 @@ def kept(path: Path, make, names: tuple[str, ...] = ()) -> dict[str, np.ndarray]
         raise ValueError(f"{path} is damaged ({error}); delete it to measure it anew") from None
     if found is None or not set(names) <= set(found):
         found = {name: np.ascontiguousarray(array) for name, array in make().items()}
-        part = path.with_suffix(".part")
-        part.write_bytes(save(found))
-        part.replace(path)
+        with in_one_step(path) as part:
+            part.write_bytes(save(found))
     return {name: found[name] for name in names or found}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from eval.codec_points import FADINGS
-from megjax.configs import write_text
+from megjax.configs import in_one_step, write_text
 from megjax.units import linear_to_db
 
 CONFIDENCE, RESAMPLES = 0.95, 2000
@@ -145,9 +145,8 @@ def write(output: Path, rows, files, studies, rate: float, table: bool) -> pd.Da
     frames["gap"] = gap_table(rows, boot)
     frames["blocks"], frames["additive"] = studies_tables(studies, rate)
     for name, frame in frames.items():
-        part = output / f"{name}.parquet.part"
-        frame.to_parquet(part, index=False)
-        part.replace(output / f"{name}.parquet")
+        with in_one_step(output / f"{name}.parquet") as part:
+            frame.to_parquet(part, index=False)
     if table:
         write_text(output / "docs_table.md", markdown(frames))
     draw(output, frames)
@@ -247,10 +246,9 @@ def draw(output: Path, frames: dict[str, pd.DataFrame]) -> None:
 
 
 def _save(plt, figure, path: Path) -> None:
-    part = path.with_suffix(".part")
-    figure.savefig(part, dpi=110, format="png")
+    with in_one_step(path) as part:
+        figure.savefig(part, dpi=110, format="png")
     plt.close(figure)
-    part.replace(path)
 
 
 def _axes(plt, rows: int, columns: int, size: tuple[float, float]):

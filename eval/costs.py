@@ -12,7 +12,7 @@ from rich.table import Table
 from eval.measure import console
 from megjax.channel import RayleighFading
 from megjax.codec import SeedCodec
-from megjax.configs import require
+from megjax.configs import in_one_step, require
 from megjax.diffusion.layout import locate
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.runtime import command, prepare_output
@@ -76,9 +76,8 @@ def run(args: Arguments) -> pd.DataFrame:
         cost = scheme_cost(made, work, args.resources, count)
         rows.append({"scheme": name, **dataclasses.asdict(cost), "latency_s": cost.latency_s})
     frame = pd.DataFrame(rows).assign(**dataclasses.asdict(args.resources), steps=args.steps, coded_snr_db=args.snr_db)
-    part = args.output / "costs.parquet.part"
-    frame.to_parquet(part, index=False)
-    part.replace(args.output / "costs.parquet")
+    with in_one_step(args.output / "costs.parquet") as part:
+        frame.to_parquet(part, index=False)
     show(frame)
     return frame
 

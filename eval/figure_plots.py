@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from megjax.configs import in_one_step
 from megjax.units import linear_to_db
 
 TITLES = {
@@ -33,10 +34,9 @@ DPI = 110
 
 def save(figure, path: Path) -> None:
     """Write a picture in one step."""
-    part = path.with_suffix(".part")
-    figure.savefig(part, dpi=DPI, format="png")
+    with in_one_step(path) as part:
+        figure.savefig(part, dpi=DPI, format="png")
     plt.close(figure)
-    part.replace(path)
 
 
 def _line(axis, rows: pd.DataFrame, x: str, y: str, label: str, colour: str, style: str = "-") -> None:

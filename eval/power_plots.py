@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from megjax.channel import RayleighFading
-from megjax.configs import write_text
+from megjax.configs import in_one_step, write_text
 from megjax.power import LearnedPower, causal_optimum, power_problem
 
 COLOURS = {"equal": "C7", "static": "C5", "dp": "k", "clairvoyant": "C2", "ppo": "C0", "waterfilling": "C1"}
@@ -29,9 +29,8 @@ def seed_interval(values: np.ndarray) -> tuple[float, float]:
 
 def write(frame: pd.DataFrame, args) -> None:
     """results.parquet, tables.md, policies.png, map.png and learning.png in the output folder."""
-    part = args.output / "results.parquet.part"
-    frame.to_parquet(part, index=False)
-    part.replace(args.output / "results.parquet")
+    with in_one_step(args.output / "results.parquet") as part:
+        frame.to_parquet(part, index=False)
     write_text(args.output / "tables.md", markdown(frame))
     draw(frame, args)
 
@@ -113,10 +112,9 @@ def draw(frame: pd.DataFrame, args) -> None:
 
 
 def _save(plt, figure, path: Path) -> None:
-    part = path.with_suffix(".part")
-    figure.savefig(part, dpi=110, format="png")
+    with in_one_step(path) as part:
+        figure.savefig(part, dpi=110, format="png")
     plt.close(figure)
-    part.replace(path)
 
 
 def _gains(plt, frame: pd.DataFrame):

@@ -13,7 +13,7 @@ import tyro
 
 from megjax.channel import RayleighFading
 from megjax.channel.numerics import squared_magnitude
-from megjax.configs import require, require_positive_integers
+from megjax.configs import in_one_step, require, require_positive_integers
 from megjax.power import LearnedPower, causal_optimum, make_policy, power_problem, weighted_errors
 from megjax.power.recipe import PRESETS
 from megjax.runtime import command, prepare_output
@@ -94,9 +94,8 @@ def run(args: Arguments) -> None:
     rows += [{"run": name, "update": 0, "return": value} for name, value in references(args).items()]
     learned = LearnedPower.from_pretrained(folders[0] / "model", args.blocks)
     for name, frame in (("learning", pd.DataFrame(rows)), ("map", power_map(args, learned))):
-        part = args.output / f"{name}.parquet.part"
-        frame.to_parquet(part, index=False)
-        part.replace(args.output / f"{name}.parquet")
+        with in_one_step(args.output / f"{name}.parquet") as part:
+            frame.to_parquet(part, index=False)
         print(f"written: {args.output / name}.parquet")
 
 

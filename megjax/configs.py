@@ -1,8 +1,11 @@
 """Reading frozen configuration dataclasses from dictionaries and JSON, strictly."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Collection, Mapping
+import os
+import uuid
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,6 +136,20 @@ def write_json(path: Path, values: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write the whole file in one step: a kill leaves the old one or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
+    with in_one_step(path) as part:
+        part.write_text(text)
+
+
+@contextlib.contextmanager
+def in_one_step(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place when the block ends, so that a kill leaves a whole one.
+
+    No two processes get the same file, so each may write `path` at any time. An error in the block removes it.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+    try:
+        yield part
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

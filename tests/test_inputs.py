@@ -73,6 +73,8 @@ BAD = [
     ({"ids": [[1, 2], [3]]}, "ids has rows of different lengths; it must be"),
     ({"ids": PROMPTS}, "ids is <U30 of shape (1,); it must be"),
     ({"ids": [[0.5]]}, "ids is float64 of shape (1, 1); it must be"),
+    ({"ids": [[49408]]}, "ids from smallest to largest is (49408, 49408); it must be in 0 to "),
+    ({"negative_ids": [[-1] * 48]}, "negative_ids from smallest to largest is (-1, -1); it must be in 0 to "),
     ({"negative_ids": [1, 2]}, "negative_ids is int64 of shape (2,); it must be"),
     ({"guidance_scale": np.array([3.0])}, "guidance_scale is array([3.]); it must be one finite number"),
     ({"guidance_scale": "3"}, "guidance_scale is '3'; it must be one finite number"),
@@ -90,6 +92,24 @@ def test_bad_arguments_of_generation(pipe, ids, options, message):
     given = {"key": KEY, "ids": ids, "guidance_scale": 3.0} | options
     for method in (pipe.generate, pipe.generate_latents):
         assert error_of(method, given["key"], **{k: v for k, v in given.items() if k != "key"}).startswith(message)
+
+
+@pytest.mark.slow
+def test_images_of_bytes_are_those_of_real_numbers(pipe):
+    pixels = np.random.default_rng(0).integers(0, 256, (1, *pipe.image_size, 3), np.uint8)
+    expected = pipe.encode(pixels.astype(np.float32) / 255)
+    for given in (pixels, jnp.asarray(pixels)):
+        np.testing.assert_allclose(pipe.encode(given), expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
+    message = "images' type is 'int64'; it must be uint8, of 0 to 255, or real, of 0 to 1"
+    assert error_of(pipe.encode, pixels.tolist()) == message
+
+
+@pytest.mark.parametrize(("value", "found"), [(1.5, "(0.0, 1.5)"), (-0.1, "(-0.1"), (np.nan, "(nan, nan)")])
+def test_images_outside_their_range(pipe, value, found):
+    image = np.zeros((1, *pipe.image_size, 3), np.float32)
+    image[0, 0, 0, 0] = value
+    for given in (image, jnp.asarray(image)):
+        assert error_of(pipe.encode, given).startswith(f"images from smallest to largest is {found}")
 
 
 def test_bad_latents_images_and_prompts(pipe):

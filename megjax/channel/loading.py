@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
+from megjax.channel.numerics import bisect
 from megjax.channel.parameters import check
 
 MeanError = Callable[[Float[Array, "*s"]], Float[Array, "*s"]]
@@ -58,22 +59,11 @@ def static_load(
     def others(top):
         """Loads [m] when the largest weight's is `top`, so that the price is its benefit."""
         price = benefit(top)
+        none = jnp.zeros_like(ratios)
+        load, _ = bisect(lambda load: price - ratios * benefit(load), none, top, _INNER_STEPS)
+        # Where even the first bit of power is not worth its price there is no root, and the largest's is `top` itself.
+        return jnp.where(ratios < 1, jnp.where(ratios * benefit(none) > price, load, 0.0), top)
 
-        def halve(_, bracket):
-            low, high = bracket
-            middle = 0.5 * (low + high)
-            worthwhile = ratios * benefit(middle) >= price
-            return jnp.where(worthwhile, middle, low), jnp.where(worthwhile, high, middle)
-
-        bracket = jnp.zeros_like(ratios), jnp.full_like(ratios, top)
-        return jax.lax.fori_loop(0, _INNER_STEPS, halve, bracket)[0]
-
-    def halve(_, bracket):
-        low, high = bracket
-        middle = 0.5 * (low + high)
-        affordable = jnp.mean(others(middle)) <= 1
-        return jnp.where(affordable, middle, low), jnp.where(affordable, high, middle)
-
-    bracket = jnp.float32(1), jnp.float32(weights.shape[0])
-    load = others(jax.lax.fori_loop(0, _OUTER_STEPS, halve, bracket)[0])
+    top, _ = bisect(lambda top: jnp.mean(others(top)) - 1, jnp.float32(1), jnp.float32(weights.shape[0]), _OUTER_STEPS)
+    load = others(top)
     return load / jnp.mean(load)

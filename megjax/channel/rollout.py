@@ -20,6 +20,7 @@ from tqdm import tqdm
 from megjax.channel.parameters import check_count
 from megjax.channel.random import fold_in_each
 from megjax.channel.reductions import Moments, Reduction
+from megjax.configs import in_one_step
 
 _LIMIT = 2**32 - 1
 _SAVE_EVERY_S = 10.0
@@ -226,9 +227,8 @@ class _Checkpoint:
         if not at_once and time.monotonic() - self.saved_at < _SAVE_EVERY_S:
             return
         leaves = dict(_named_leaf(i, np.asarray(leaf, order="C")) for i, leaf in enumerate(jax.tree.leaves(total)))
-        part = self.path.with_name(self.path.name + ".part")
-        save_file(leaves, part, metadata={"rollout": self.fingerprint, "done": str(done)})
-        part.replace(self.path)
+        with in_one_step(self.path) as part:
+            save_file(leaves, part, metadata={"rollout": self.fingerprint, "done": str(done)})
         self.saved_at = time.monotonic()
 
 

@@ -16,7 +16,7 @@ from megjax.channel import MAPPINGS
 from megjax.codec import link
 from megjax.codec.network import SeedCodecConfig, SeedNetwork
 from megjax.codec.schemes import LearnedScheme, block_weights
-from megjax.configs import from_mapping, read_json, require, require_count, require_type, write_json
+from megjax.configs import from_mapping, in_one_step, read_json, require, require_count, require_type, write_json
 from megjax.units import check_snr_db
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -180,9 +180,8 @@ def decode(graph, state, symbols, block_snr, snr_db, *, num_symbols: int, mappin
 
 
 def _write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(save(tensors))  # save_file would keep other users from reading it
-    part.replace(path)
+    with in_one_step(path) as part:
+        part.write_bytes(save(tensors))  # save_file would keep other users from reading it
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from megjax.configs import require
+from megjax.configs import in_one_step, require
 from megjax.data import scenes
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.processes import gather, is_first, joint, num_processes, process_id, wait_for_file
@@ -263,10 +263,9 @@ def read_shard(path: Path) -> Float[np.ndarray, "b h w c"]:
 
 def write_shard(path: Path, latents: Float[np.ndarray, "b h w c"], identity: dict[str, str]) -> None:
     """Write one shard in one step; ValueError if that fails."""
-    part = path.with_suffix(".part")
     try:
-        part.write_bytes(save({"latents": latents}, metadata={"format": FORMAT, **identity}))
-        part.replace(path)
+        with in_one_step(path) as part:
+            part.write_bytes(save({"latents": latents}, metadata={"format": FORMAT, **identity}))
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
 

@@ -288,7 +288,7 @@ def _as_ids(name: str, ids: Any, words: int) -> Int[Array | np.ndarray, "b l"]:
         raise ValueError(f"{name} is {found}; it must be integers of shape [b l], as tokenize gives for some prompts")
     if not isinstance(array, jax.core.Tracer):
         ends = int(np.min(array)), int(np.max(array))
-        require(0 <= ends[0] and ends[1] < words, f"{name} from smallest to largest", ends, f"in 0 to {words - 1}")
+        require(ends[0] >= 0 and ends[1] < words, f"{name} from smallest to largest", ends, f"in 0 to {words - 1}")
     return array
 
 
@@ -308,7 +308,7 @@ def _as_images(images: Any) -> Float[Array | np.ndarray, "b H W 3"]:
     require(real, "images' type", images.dtype.name, "uint8, of 0 to 255, or real, of 0 to 1")
     if not isinstance(images, jax.core.Tracer):
         ends = float(images.min()), float(images.max())
-        require(0 <= ends[0] and ends[1] <= 1, "images from smallest to largest", ends, "in 0 to 1, or uint8")
+        require(ends[0] >= 0 and ends[1] <= 1, "images from smallest to largest", ends, "in 0 to 1, or uint8")
     return images
 
 

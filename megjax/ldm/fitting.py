@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import trange
 
-from megjax.configs import require
+from megjax.configs import in_one_step, require
 from megjax.data import scenes
 from megjax.diffusion import checkpoint
 from megjax.diffusion.clip import CLIPTextModel
@@ -140,9 +140,8 @@ def _encode_scenes(
         moments = {"mean": np.asarray(mean), "log_variance": np.asarray(log_variance)}
         parts.append({**moments, "ids": ids.astype(np.int16)})
     data = {name: np.concatenate([part[name] for part in parts])[: recipe.num_images] for name in parts[0]}
-    partial = path.with_suffix(".part")
-    save_file(data, partial, metadata=identity)
-    partial.replace(path)
+    with in_one_step(path) as part:
+        save_file(data, part, metadata=identity)
 
 
 def scaling_factor(data: dict) -> float:

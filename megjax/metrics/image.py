@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from megjax.configs import require
 from megjax.units import linear_to_db
 
 WINDOW_SIZE, WINDOW_SIGMA = 11, 1.5
@@ -13,8 +14,10 @@ C1, C2 = 0.01**2, 0.03**2  # (K1 L)^2 and (K2 L)^2 with dynamic range L = 1
 def psnr(reference: Float[Array, "h w c"], image: Float[Array, "h w c"]) -> Float[Array, ""]:
     """Peak signal-to-noise ratio in dB, -10 log10 of the mean squared error (peak 1).
 
-    Identical images give +inf, which a mean over pairs then shows: nothing is capped.
+    Identical images give +inf, which a mean over pairs then shows: nothing is capped. Raises ValueError unless both are
+    of one shape [h w c] and of real numbers, not integers.
     """
+    _check_pair(reference, image)
     return -linear_to_db(jnp.mean(jnp.square(reference.astype(jnp.float32) - image.astype(jnp.float32))))
 
 
@@ -23,8 +26,9 @@ def ssim(reference: Float[Array, "h w c"], image: Float[Array, "h w c"]) -> Floa
 
     Z. Wang et al., "Image quality assessment: from error visibility to structural similarity", IEEE Trans. Image
     Processing 13(4), 2004, equation 13, with an 11x11 Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03 and population
-    variances. Raises ValueError for images smaller than the window.
+    variances. Raises ValueError for images smaller than the window, and as `psnr` does.
     """
+    _check_pair(reference, image)
     if min(reference.shape[:2]) < WINDOW_SIZE:
         raise ValueError(f"reference has shape {reference.shape}; SSIM needs {WINDOW_SIZE} rows and columns or more")
     x, y = reference.astype(jnp.float32), image.astype(jnp.float32)
@@ -32,6 +36,15 @@ def ssim(reference: Float[Array, "h w c"], image: Float[Array, "h w c"]) -> Floa
     var_x, var_y, cov = mean_xx - mean_x**2, mean_yy - mean_y**2, mean_xy - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + C1) / (mean_x**2 + mean_y**2 + C1)
     return jnp.mean(luminance * (2 * cov + C2) / (var_x + var_y + C2))
+
+
+def _check_pair(reference, image) -> None:
+    shapes = jnp.shape(reference), jnp.shape(image)
+    require(len(shapes[0]) == 3, "reference's shape", shapes[0], "[h w c]: one image, the caller vmaps")
+    require(shapes[0] == shapes[1], "image's shape", shapes[1], f"the reference's, {shapes[0]}")
+    for name, x in (("reference", reference), ("image", image)):
+        dtype = jnp.result_type(x)
+        require(jnp.issubdtype(dtype, jnp.floating), f"{name}'s type", dtype.name, "real, with values in [0, 1]")
 
 
 def _blur(maps: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from megjax.configs import from_mapping, read_json, require, require_positive_integers, write_json
+from megjax.configs import from_mapping, in_one_step, read_json, require, require_positive_integers, write_json
 from megjax.power.environment import episode_features, observation, observation_size, share_of_offset
 from megjax.power.laws import TABLE_SIZE, LoadTable, static_power
 from megjax.power.problem import Problem, check_gains
@@ -142,9 +142,8 @@ class LearnedPower:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG_NAME, dataclasses.asdict(self.config))
-        part = folder / (WEIGHTS_NAME + ".part")
-        part.write_bytes(save({name: np.array(x) for name, x in self._tensors().items()}))
-        part.replace(folder / WEIGHTS_NAME)
+        with in_one_step(folder / WEIGHTS_NAME) as part:
+            part.write_bytes(save({name: np.array(x) for name, x in self._tensors().items()}))
 
     def _tensors(self) -> dict[str, Array]:
         flat = {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(self.state)}

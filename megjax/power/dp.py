@@ -19,6 +19,7 @@ from jax.scipy.special import i0e
 from jaxtyping import Array, Float
 
 from megjax.channel import OFDM, Fading, GaussMarkovFading, JakesFading, ShadowedFading
+from megjax.channel.numerics import bisect
 from megjax.configs import require
 from megjax.power.laws import GainLaw, gain_law
 from megjax.power.policies import spend
@@ -143,7 +144,8 @@ def _energy_grid(useful: Float[Array, ""]) -> Float[Array, " e"]:
 
 def _price_at(energy: Array, log_prices: Float[Array, " e"], useful: Float[Array, ""]) -> Array:
     """lambda at an energy between the grid points, ln lambda being linear in the cube root; 0 beyond the useful."""
-    place = jnp.cbrt(jnp.maximum(energy, 0.0) / jnp.maximum(useful, 1e-30)) * (ENERGIES - 1)
+    share = energy / jnp.where(useful > 0, useful, 1.0)
+    place = jnp.where(share > 0, jnp.cbrt(jnp.where(share > 0, share, 1.0)), 0.0) * (ENERGIES - 1)
     place = jnp.clip(place, 0, ENERGIES - 1.001)
     index = place.astype(jnp.int32)
     left, right = log_prices[index], log_prices[index + 1]
@@ -159,14 +161,13 @@ def _benefit(problem: Problem, weight, gain, power) -> Array:
 def _best_power(problem: Problem, weight, gain, energy, log_prices: Float[Array, " e"], useful) -> Array:
     """Root p of: benefit of block t at p = price of what is left, between 0 and min(energy, max_power)."""
 
-    def halve(_, bracket):
-        low, high = bracket
-        middle = 0.5 * (low + high)
-        worthwhile = _benefit(problem, weight, gain, middle) > _price_at(energy - middle, log_prices, useful)
-        return jnp.where(worthwhile, middle, low), jnp.where(worthwhile, high, middle)
+    def excess(power):
+        return _price_at(energy - power, log_prices, useful) - _benefit(problem, weight, gain, power)
 
     highest = jnp.minimum(energy, problem.max_power)
-    return sum(jax.lax.fori_loop(0, _BISECTIONS, halve, (jnp.zeros_like(highest), highest))) / 2
+    power, (low, high) = bisect(excess, jnp.zeros_like(highest), highest, _BISECTIONS)
+    # A bisection that ends where it began found no root there.
+    return jnp.where(low > 0, jnp.where(high < highest, power, highest), 0.0)
 
 
 def _stage(

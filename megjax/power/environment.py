@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Float, Int, Key, UInt32
 
 from megjax.channel import Fading, ImperfectCSI, RayleighFading, effective_noise_var
-from megjax.channel.numerics import squared_magnitude
+from megjax.channel.numerics import safe_sqrt, squared_magnitude
 from megjax.configs import require
 from megjax.power.laws import GainLaw, LoadTable, gain_law, load_table, mean_error, static_power
 from megjax.power.problem import Problem, check_num_blocks, check_powers, check_weights
@@ -313,7 +313,7 @@ def episode_features(known: Float[Array, " t"], problem: Problem, plan: Float[Ar
     ahead = blocks[:, None] + blocks[None]
     weights = jnp.where(ahead < num_blocks, problem.weights[np.minimum(ahead, num_blocks - 1)], 0.0)
     mean = weights.sum(1, keepdims=True) / left[:, None]
-    parts = [jnp.stack(columns, axis=1), jnp.sqrt(weights / jnp.maximum(mean, 1e-12))]
+    parts = [jnp.stack(columns, axis=1), safe_sqrt(weights / jnp.maximum(mean, 1e-12))]
     if history:
         back = blocks[:, None] - 1 - np.arange(history)[None]
         parts.append(jnp.where(back >= 0, log_gains[np.maximum(back, 0)], 0.0))

@@ -17,7 +17,7 @@ from megjax.channel import (
     RayleighFading,
     RicianFading,
 )
-from megjax.channel.numerics import squared_magnitude
+from megjax.channel.numerics import bisect, cubic_interpolation, squared_magnitude, with_gradient_of
 from megjax.power.problem import check_num_blocks
 from megjax.precision import exact_matmul
 
@@ -27,8 +27,8 @@ _LOG_RANGE = -20.0, 3.7
 _SAMPLES, _SAMPLE_NODES = 2**17, 2**10
 TABLE_SIZE, _TABLE_STEP = 512, 0.08
 _BISECTIONS = 50
-_PRICE_BISECTIONS = 32
-"""Leave 1e-8 of the table's range of 41 in the logarithm of a price, less than float32 resolves."""
+_PRICE_BISECTIONS = 24
+"""Leave 2e-6 of the table's range of 41 in the logarithm of a price, which the energy's share then corrects."""
 
 
 class GainLaw(NamedTuple):
@@ -129,23 +129,14 @@ def static_power(
     useful = weights > 0
 
     def power(log_price):
-        place = jnp.clip((log_worth - log_price) / _TABLE_STEP, 0, TABLE_SIZE - 1.001)
-        index = place.astype(jnp.int32)
-        # Indices are in bounds: checks of them, which a TPU keeps in main memory, cost more than the look-up.
-        left, right = (
-            table.log_snr.at[i].get(mode="promise_in_bounds", wrap_negative_indices=False) for i in (index, index + 1)
-        )
-        load = jnp.expm1(left + (place - index) * (right - left)) / snr
+        load = jnp.expm1(cubic_interpolation(table.log_snr, (log_worth - log_price) / _TABLE_STEP)) / snr
         return jnp.where(useful, jnp.minimum(load, max_power), 0.0)
 
-    def halve(_, bracket):
-        low, high = bracket
-        middle = 0.5 * (low + high)
-        affordable = jnp.sum(power(middle)) <= energy
-        return jnp.where(affordable, low, middle), jnp.where(affordable, middle, high)
-
-    bracket = highest - (TABLE_SIZE - 1) * _TABLE_STEP, highest
-    spent = power(jax.lax.fori_loop(0, _PRICE_BISECTIONS, halve, bracket)[1])
+    lowest = highest - (TABLE_SIZE - 1) * _TABLE_STEP
+    price, (_, affordable) = bisect(
+        lambda log_price: energy - jnp.sum(power(log_price)), lowest, highest, _PRICE_BISECTIONS
+    )
+    spent = with_gradient_of(power(price), power(affordable))
     # What rounding left over goes to all in proportion, as far as the peak allows.
     total = jnp.sum(spent)
     return jnp.minimum(spent * (energy / jnp.where(total > 0, total, 1.0)), max_power)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from megjax.channel.numerics import bisect, with_gradient_of
 from megjax.power.laws import GainLaw, LoadTable, static_power
 from megjax.power.problem import Problem, check_gains
 from megjax.pytrees import pytree_dataclass
@@ -151,7 +152,8 @@ class Waterfilling:
 
         # E(level - floor)+ >= mean_power once blocks of the best gains, of probability q, lie mean_power / q below it.
         share = jnp.cumsum(self.law.probabilities[::-1])[::-1]
-        level = _bisect(excess, floors[-1], jnp.min(floors + mean_power / share))
+        highest = jnp.min(floors + mean_power / share)
+        level, _ = bisect(excess, floors[-1], highest, _BISECTIONS)
         floor = lambda gain: 1 / (problem.snr * jnp.maximum(gain, 1e-20))  # noqa: E731
         return spend(lambda view: jnp.maximum(level - floor(view.gain), 0.0), gains, problem)
 
@@ -180,8 +182,8 @@ class ClairvoyantWaterfilling:
         highest = jnp.max(jnp.where(usable, floors, 0.0)) + problem.max_power
         low, high = jnp.log(problem.energy / gains.shape[0]), jnp.log(problem.energy)
         high = jnp.where(jnp.isfinite(highest), jnp.maximum(high, jnp.log(highest)), high)
-        low, high = _bracket(lambda x: jnp.sum(power(x)) - problem.energy, low, high)
-        return _between(power(low), power(high), problem)
+        level, (low, high) = bisect(lambda x: jnp.sum(power(x)) - problem.energy, low, high, _BISECTIONS)
+        return _spending_all(power(level), power(low), power(high), problem)
 
 
 @pytree_dataclass
@@ -206,28 +208,17 @@ class Clairvoyant:
             return jnp.where(useful, jnp.minimum(level, problem.max_power), 0.0)
 
         highest = jnp.max(log_worth)
-        low, high = _bracket(lambda x: problem.energy - jnp.sum(power(x)), highest - 90.0, highest)
-        return _between(power(high), power(low), problem)
+        price, (low, high) = bisect(lambda x: problem.energy - jnp.sum(power(x)), highest - 90.0, highest, _BISECTIONS)
+        return _spending_all(power(price), power(high), power(low), problem)
 
 
-def _between(least: Float[Array, " t"], most: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
-    """Powers between the ends of a bisection, which rounding may keep apart, that spend the energy where they can."""
+def _spending_all(
+    powers: Float[Array, " t"], least: Float[Array, " t"], most: Float[Array, " t"], problem: Problem
+) -> Float[Array, " t"]:
+    """Powers between those at the ends of a bisection that spend the energy where they can: rounding keeps ends apart.
+
+    Their gradient is that of `powers`, at the root.
+    """
     missing, gap = problem.energy - jnp.sum(least), jnp.sum(most - least)
-    return least + jnp.clip(missing / jnp.where(gap > 0, gap, 1.0), 0.0, 1.0) * (most - least)
-
-
-def _bracket(function, low, high) -> tuple[Array, Array]:
-    """Ends, as close as rounding lets them, of an interval in [low, high] with the root of an increasing function."""
-
-    def halve(_, bracket):
-        low, high = bracket
-        middle = 0.5 * (low + high)
-        below = function(middle) < 0
-        return jnp.where(below, middle, low), jnp.where(below, high, middle)
-
-    return jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))
-
-
-def _bisect(function, low, high) -> Array:
-    """The root of an increasing function between `low` and `high`, or the end that is nearer to it."""
-    return sum(_bracket(function, low, high)) / 2
+    exact = least + jnp.clip(missing / jnp.where(gap > 0, gap, 1.0), 0.0, 1.0) * (most - least)
+    return with_gradient_of(powers, exact)

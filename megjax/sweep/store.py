@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megjax.configs import read_json, require, write_json
+from megjax.configs import in_one_step, read_json, require, write_json
 from megjax.sweep.config import Point, digest
 
 FORMAT = "megjax sweep 1"
@@ -73,26 +73,18 @@ class Store:
 
     def write(self, path: Path, row: dict[str, Any]) -> None:
         """Write one row in one step; ValueError if the disk does not take it, and nothing is left of it then."""
-        self._guarded(path, lambda part: self._replace(pa.Table.from_pylist([row]), part, path))
+        self._write(pa.Table.from_pylist([row]), path)
 
     def merge(self, frame: pd.DataFrame) -> None:
         """Write the table of all points in one step."""
-        path = self.folder / RESULTS
-        table = pa.Table.from_pandas(frame, preserve_index=False)
-        self._guarded(path, lambda part: self._replace(table, part, path))
+        self._write(pa.Table.from_pandas(frame, preserve_index=False), self.folder / RESULTS)
 
     @staticmethod
-    def _replace(table: pa.Table, part: Path, path: Path) -> None:
-        pq.write_table(table, part)
-        part.replace(path)
-
-    @staticmethod
-    def _guarded(path: Path, write) -> None:
-        part = path.with_name(path.name + ".part")
+    def _write(table: pa.Table, path: Path) -> None:
         try:
-            write(part)
+            with in_one_step(path) as part:
+                pq.write_table(table, part)
         except (OSError, pa.ArrowException) as error:
-            part.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise ValueError(f"{path} cannot be written: {reason}; finished points are kept") from None
 

@@ -132,7 +132,7 @@ def outputs(pipe):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("memory", ["float32", "half"])
 def test_half_precision_is_close_to_float32(pipes, half_close, dtype, memory):
-    """With the same parameters: only the activations' type differs. Attention sharpens what its inputs differ by."""
+    """With the same parameters: only the activations' type differs. Attention's products are layers without kernels."""
     memory = dtype if memory == "half" else memory
     low, params = outputs(pipes(dtype, memory)), pipes(dtype, memory).params
     exact = copy.copy(pipes())

@@ -66,3 +66,18 @@ def test_vmap_jit_and_gradients(name):
     np.testing.assert_allclose(mapped, [METRICS[name](*pair) for pair in pairs], rtol=1e-5)
     gradient = jax.jit(jax.grad(METRICS[name], argnums=1))(*pairs[0])
     assert np.all(np.isfinite(gradient)) and np.any(np.asarray(gradient) != 0)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_what_is_no_pair_of_images_is_refused(name, unchecked):
+    image, noisy = image_pair()
+    refused = {
+        r"reference's shape is \(1, 24, 19, 3\)": (image[None], noisy[None]),
+        r"image's shape is \(24, 19, 3\); it must be the reference's, \(24, 19, 1\)": (image[..., :1], noisy),
+        "reference's type is 'uint8'; it must be real": ((255 * image).astype(np.uint8), noisy),
+        "image's type is 'int32'": (image, (255 * noisy).astype(np.int32)),
+    }
+    for message, pair in refused.items():
+        for metric in (METRICS[name], {"psnr": psnr, "ssim": ssim}[name]):
+            with pytest.raises(ValueError, match=message):
+                metric(*pair)

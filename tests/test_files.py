@@ -1,0 +1,36 @@
+"""Files that appear in one step: whole for every reader, however many processes write them, and gone after an error."""
+
+import json
+import threading
+
+import pytest
+
+from megjax.configs import in_one_step, read_json, write_json
+
+
+def test_readers_see_whole_files_while_several_write_the_same(tmp_path):
+    path, rows = tmp_path / "rows.json", list(range(2000))
+    write_json(path, {"writer": -1, "rows": rows})
+
+    def write(writer):
+        for _ in range(50):
+            write_json(path, {"writer": writer, "rows": rows})
+
+    writers = [threading.Thread(target=write, args=(i,)) for i in range(4)]
+    for thread in writers:
+        thread.start()
+    found = set()
+    while any(thread.is_alive() for thread in writers):
+        values = read_json(path)
+        assert values["rows"] == rows
+        found.add(values["writer"])
+    assert len(found) > 1 and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(RuntimeError), in_one_step(path) as part:
+        part.write_text("half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
