@@ -66,8 +66,8 @@ class Arguments:
 
     jobs: tuple[str, ...] = JOBS
     """Jobs and models, such as generate-sd15."""
-    output: Path = Path("benchmarks/aot-gpu.json")
-    """File of the results."""
+    output: Path = Path("benchmarks/aot")
+    """Folder of `eval.aot`'s results, to which these are added in one file."""
     table: Path | None = None
     """Also write the tables of `eval.aot` there, these results among them."""
 
@@ -121,17 +121,19 @@ def run(args: Arguments) -> dict[str, dict]:
     """Compile what is missing and write it down job by job; returns all results."""
     for name in args.jobs:
         require(name in JOBS, "--jobs", name, f"of {JOBS}")
-    found = read_json(args.output) if args.output.is_file() else {}
+    path = args.output / aot_tables.GPU
+    found = read_json(path) if path.is_file() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
     missing = [name for name in args.jobs if name not in found]
     mesh = gpu_mesh() if missing else None
     for name in missing:
         found[name] = compile_job(name, mesh)
-        write_json(args.output, found)
+        write_json(path, found)
         result = found[name]
         print(f"{name}: {result['bytes_accessed'] / 1e9:.3g} GB, {result['temporaries'] / 2**30:.2f} GiB", flush=True)
         gc.collect()
     if args.table is not None:
-        aot_tables.write(args.output.with_name(args.output.name.removesuffix(aot_tables.GPU)), args.table)
+        aot_tables.write(args.output, args.table)
     return found
 
 

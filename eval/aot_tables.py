@@ -29,8 +29,8 @@ without one, from shapes alone, and XLA's analysis of the compiled program was r
   Diffusion 2.1, a quarter as many) in 25 guided steps from token ids to pixels; `ldm`, `codec` and `power` are one
   training step; `sweep` takes latents through codec, Rayleigh fading and decoders at a rate of 4.
 """
-BEFORE, GPU = "-before.json", "-gpu.json"
-"""What follows the folder's name in those of the files with results of an earlier version, and of `eval.aot_gpu`."""
+BEFORE, GPU = "other/before.json", "other/gpu.json"
+"""Files, in the folder of results, with those of an earlier version and those of `eval.aot_gpu`."""
 HEADER = (
     "| job | model | topology | per call | arguments | temporaries | code | HBM | TFLOP | GB | sent "
     "| bound | time | at most |\n"
@@ -49,9 +49,8 @@ def write(folder: Path, path: Path) -> None:
     for model, name in MODEL_NAMES.items():
         rows = [row(r) for r in results if r["model"] == model]
         body += f"\n## {name}\n\n{HEADER}{''.join(rows)}" if rows else ""
-    earlier = folder.with_name(folder.name + BEFORE)
+    earlier, gpu = folder / BEFORE, folder / GPU
     body += latency_table(latency) + weak_scaling(results) + effort_table(found, quick) + causes_table(results)
-    gpu = folder.with_name(folder.name + GPU)
     body += gpu_table(read_json(gpu)) if gpu.is_file() else ""
     body += (before_table(read_json(earlier), results) if earlier.is_file() else "") + collectives(results)
     write_text(path, body)

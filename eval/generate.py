@@ -36,7 +36,7 @@ class Arguments:
 
     prompts: tyro.conf.Positional[tuple[str, ...]] = scenes.DEFAULT_PROMPTS
     """Prompts, each in quotes."""
-    snr_db: tuple[str, ...] = ("-5", "5", "15")
+    snr_db: tuple[float, ...] = (-5.0, 5.0, 15.0)
     """SNRs of the link in dB, 1 / noise variance."""
     model: str = "scenes"
     """"scenes" (bundled), a folder in the diffusers layout, or a hub id."""

@@ -1,7 +1,9 @@
 """Results on disk: one Parquet file a point, written in one step, and the table of all of them."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +47,13 @@ class Store:
             known = found.get("sources", {})
             if wanted.get("sources", {}).keys() - known.keys():
                 grown = {**found, "sources": {**known, **wanted["sources"]}}
-                self._guarded(path, lambda part: write_json(path, grown))
+                with _explained(path):
+                    write_json(path, grown)
         elif any((self.folder / POINTS).glob("*.parquet")):
             raise ValueError(f"{self.folder} holds points but no {SETTINGS}; choose another folder")
         else:
-            self._guarded(path, lambda part: write_json(path, wanted))
+            with _explained(path):
+                write_json(path, wanted)
 
     def path(self, point: Point, about: dict[str, Any]) -> Path:
         """File of a point, whose name depends on everything that its numbers depend on."""
@@ -73,20 +77,26 @@ class Store:
 
     def write(self, path: Path, row: dict[str, Any]) -> None:
         """Write one row in one step; ValueError if the disk does not take it, and nothing is left of it then."""
-        self._write(pa.Table.from_pylist([row]), path)
+        _write(pa.Table.from_pylist([row]), path)
 
     def merge(self, frame: pd.DataFrame) -> None:
         """Write the table of all points in one step."""
-        self._write(pa.Table.from_pandas(frame, preserve_index=False), self.folder / RESULTS)
+        _write(pa.Table.from_pandas(frame, preserve_index=False), self.folder / RESULTS)
 
-    @staticmethod
-    def _write(table: pa.Table, path: Path) -> None:
-        try:
-            with in_one_step(path) as part:
-                pq.write_table(table, part)
-        except (OSError, pa.ArrowException) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise ValueError(f"{path} cannot be written: {reason}; finished points are kept") from None
+
+def _write(table: pa.Table, path: Path) -> None:
+    with _explained(path), in_one_step(path) as part:
+        pq.write_table(table, part)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn an error of writing `path` into one that says what is kept."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot be written: {reason}; finished points are kept") from None
 
 
 def table_of(rows: list[dict[str, Any]]) -> pd.DataFrame:

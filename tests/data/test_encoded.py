@@ -60,7 +60,10 @@ def test_encoded_images(model, calls, tmp_path):
         ({"seed": -1}, "seed is -1"),
         ({"source": " "}, "source is ' '"),
         ({"draw": lambda key, batch: draw(key, batch + 1)}, r"shape is \(5, 8, 8, 4\); it must be \(4, h, w, c\)"),
-        ({"draw": lambda key, batch: jnp.nan * draw(key, batch)}, "NaN or infinite is 1024"),
+        (
+            {"draw": lambda key, batch: jnp.nan * draw(key, batch)},
+            "images from smallest to largest is .nan, nan.; it must be in 0 to 1",
+        ),
     ],
 )
 def test_bad_encoding_is_refused(model, tmp_path, changes, message):

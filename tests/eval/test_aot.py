@@ -164,11 +164,11 @@ def test_tables_of_latency_and_effort(tmp_path):
     job = one | {"job": "generate"}
     usual = job | {"identity": one["identity"] | {"effort": 0.0}, "compile_seconds": 12.0}
     folder = tmp_path / "aot"
-    folder.mkdir()
+    (folder / "other").mkdir(parents=True)
     for i, result in enumerate((one, two, job, usual)):
         write_json(folder / f"{i}.json", result)
     earlier = job | {"items": 4, "bytes_accessed": 8e9, "bound": "compute"}
-    write_json(tmp_path / "aot-before.json", {"commit": "abc", "results": [earlier]})
+    write_json(folder / aot_tables.BEFORE, {"commit": "abc", "results": [earlier]})
     aot_tables.write(folder, tmp_path / "tpu.md")
     text = (tmp_path / "tpu.md").read_text()
     assert "| v5e:2x4 | 2 | 1 | 2 | 1.00 | 0 | 0 MB | 1 ms | 2 ms | 2.0 |" in text

@@ -75,13 +75,13 @@ def test_an_over_long_prompt_is_cut_with_one_warning(demo):
         ({"sampler": "magic"}, "sampler is 'magic'; it must be one of"),
         ({"prompts": ()}, "prompts is .*at least one prompt"),
         ({"prompts": ("a house", "  ")}, "prompt is '  '; it must be text"),
-        ({"snr_db": ("nan",)}, "snr_db is .*finite"),
+        ({"snr_db": (float("nan"),)}, "snr_db is .*finite"),
         ({"snr_db": ("loud",)}, "snr_db is .*finite"),
         ({"snr_db": ()}, "--snr-db is"),
         ({"steps": 0}, "num_steps is 0"),
         ({"guidance": float("inf")}, "--guidance is inf"),
         ({"seed": -1}, "--seed is -1"),
-        ({"snr_db": ("-400",)}, "snr_db is .*within"),
+        ({"snr_db": (-400.0,)}, "snr_db is .*within"),
         ({"model": "/nowhere/at/all"}, "model '/nowhere/at/all' is no folder"),
     ],
 )
@@ -101,7 +101,7 @@ def test_an_output_folder_that_cannot_be_written(tiny_model, tmp_path):
 def test_the_command_ends_with_one_line(tiny_model, tmp_path):
     (tmp_path / "file").write_text("")
     for words, message in (
-        (("--snr-db", "-3", "nan", "--output", tmp_path), "snr_db is ('-3', 'nan')"),
+        (("--snr-db", "-3", "nan", "--output", tmp_path), "snr_db is (-3.0, nan)"),
         (("--output", tmp_path / "file"), "output folder"),
         (("--policy", "magic", "--output", tmp_path), "policy is 'magic'; it must be one of"),
     ):
