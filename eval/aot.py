@@ -28,8 +28,6 @@ from megjax.tpu import TpuConfig
 
 GIB = 2**30
 STACK_BYTES = 4 * 2**20
-ACCOUNTING = 3
-"""Version of how operations and bytes are counted (`megjax.hlo`); results of another are made again."""
 NUM_CAUSES = 5
 """The largest movers of bytes that a result names."""
 HBM_SHARE = 0.97
@@ -87,7 +85,7 @@ def identity(args: Arguments, config: TpuConfig, lowered: jax.stages.Lowered) ->
     return {
         "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
         "flags": list(config.xla_flags),
-        "accounting": ACCOUNTING,
+        "accounting": aot_tables.ACCOUNTING,
         "effort": args.effort,
         "jax": jax.__version__,
         "libtpu": metadata.version("libtpu"),

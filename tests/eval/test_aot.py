@@ -158,7 +158,7 @@ def test_tables_of_latency_and_effort(tmp_path):
         "items_per_second": 1.0,
         "compile_seconds": 3.0,
     }
-    one |= {"identity": {"jax": "0", "libtpu": "0", "effort": -1.0}}
+    one |= {"identity": {"jax": "0", "libtpu": "0", "effort": -1.0, "accounting": aot_tables.ACCOUNTING}}
     two = one | {"devices": 2, "mesh": {"data": 1, "tensor": 2}}
     two |= {"roofline_seconds": {"compute": 5e-4, "memory": 1e-3, "interconnect": 1e-3}}
     job = one | {"job": "generate"}
@@ -167,6 +167,7 @@ def test_tables_of_latency_and_effort(tmp_path):
     (folder / "other").mkdir(parents=True)
     for i, result in enumerate((one, two, job, usual)):
         write_json(folder / f"{i}.json", result)
+    write_json(folder / "old.json", job | {"identity": one["identity"] | {"accounting": 1}})
     earlier = job | {"items": 4, "bytes_accessed": 8e9, "bound": "compute"}
     write_json(folder / aot_tables.BEFORE, {"commit": "abc", "results": [earlier]})
     aot_tables.write(folder, tmp_path / "tpu.md")
@@ -174,6 +175,7 @@ def test_tables_of_latency_and_effort(tmp_path):
     assert "| v5e:2x4 | 2 | 1 | 2 | 1.00 | 0 | 0 MB | 1 ms | 2 ms | 2.0 |" in text
     assert "| generate | sd15 | v5e:2x4 | 0 | 1.00 GiB | 1 MiB | 12% | 1 | 4 ms | 12 s |" in text
     assert text.count("| generate | sd15 | v5e:2x4 | 1 image |") == 1
+    assert "Of 5 programs, 1 are from before" in text
     assert "| generate | sd15 | v5e | 1 | gradient of dot_general 50%, copy 10% |" in text
     assert "| generate | sd15 | v5e:2x4 | 4 | 1 | 1.00 | 1.00 | 12% | 12% | 2e+03 | 1e+03 | 1e+03 us, compute |" in text
 
