@@ -29,7 +29,7 @@ without one, from shapes alone, and XLA's analysis of the compiled program was r
   Diffusion 2.1, a quarter as many) in 25 guided steps from token ids to pixels; `ldm`, `codec` and `power` are one
   training step; `sweep` takes latents through codec, Rayleigh fading and decoders at a rate of 4.
 """
-ACCOUNTING = 3
+ACCOUNTING = 4
 """Version of how operations and bytes are counted (`megjax.hlo`); results of another are made again."""
 BEFORE, GPU = "other/before.json", "other/gpu.json"
 """Files, in the folder of results, with those of an earlier version and those of `eval.aot_gpu`."""
@@ -51,9 +51,9 @@ def write(folder: Path, path: Path) -> None:
     body = TEXT + f"\nCompiled with {', '.join(versions)}.\n"
     if len(found) < len(every):
         body += (
-            f"\nOf {len(every)} programs, {len(every) - len(found)} are from before bytes were counted so, and left\n"
+            f"\nOf {len(every)} programs, {len(every) - len(found)} are left out: an earlier version counted them.\n"
         )
-        body += "out until `make aot` has made them again.\n"
+        body += "`make aot` makes them again.\n"
     for model, name in MODEL_NAMES.items():
         rows = [row(r) for r in results if r["model"] == model]
         body += f"\n## {name}\n\n{HEADER}{''.join(rows)}" if rows else ""
@@ -74,8 +74,8 @@ def causes_table(results: list[dict[str, Any]]) -> str:
     body = (
         "\n## What moves the bytes\n\n"
         "The five JAX operations whose instructions move most bytes to and from HBM, on the smallest topology of each\n"
-        "generation. A fusion counts as the operation that it ends in; `copy` stands for the copies that XLA adds to\n"
-        "change a layout or a memory, `pallas_call` for attention's kernels.\n\n"
+        "generation. A fusion counts as the operation that it ends in; `copy` stands for copies, transpositions and\n"
+        "reshapes, most of which XLA adds for another layout or memory, `pallas_call` for attention's kernels.\n\n"
         "| job | model | chip | GB | of which |\n| --- | --- | --- | ---: | --- |\n"
     )
     for (job, model, chip), r in smallest.items():

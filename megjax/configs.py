@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import uuid
 from collections.abc import Collection, Iterator, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from jax import dtypes
 
 Config = TypeVar("Config")
 
@@ -39,8 +41,8 @@ def require_count(name: str, value: Any, smallest: int = 1) -> int:
 def require_number(name: str, value: Any) -> float:
     """`value` as a Python number; ValueError unless it is one finite real number, and no string."""
     array = None if isinstance(value, str | bytes | list | tuple | None) else np.asarray(value)
-    single = array is not None and array.ndim == 0 and array.dtype.kind in "iuf"
-    require(single and bool(np.isfinite(array)), name, value, "one finite number")
+    single = array is not None and array.ndim == 0 and dtypes.issubdtype(array.dtype, np.number)
+    require(single and np.isrealobj(array) and math.isfinite(float(array)), name, value, "one finite number")
     return float(array)
 
 

@@ -36,7 +36,7 @@ _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(
     r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]"
-    r"(?:\{([0-9,]*)(?::(?:T\(([0-9,]*)\))?(?:\([0-9,]*\))*(?:S\(([0-9]+)\))?)?)?"
+    r"(?:\{([0-9,]*)(?::(?:T\(([0-9,]*)\))?(?:[A-RT-Z#*]?\([^)]*\))*(?:S\(([0-9]+)\))?)?)?"
 )
 _STATED = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _KERNELS = {"flash_mha_bwd_dkv": 4, "flash_mha_bwd_dq": 3}
@@ -59,7 +59,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Operations, bytes and collectives (kind, bytes of the larger side, devices in a group) of a computation.
+    """Operations, bytes of main memory and collectives (kind, bytes of the larger side, devices in a group).
 
     `unseen` are those operations, all of kernels, that XLA's own analysis leaves out.
     """
@@ -137,10 +137,17 @@ class Module:
                 total = total + Work(self._flops(i), self._bytes(i), self._collectives(i), self._unseen(i))
                 if i.opcode in _RUNS:
                     times = (self.trip_count(i) or 1) if repeat and i.opcode == "while" else 1
-                    for called in _called(i):
+                    for called in self._run(i):
                         total = total + self.work(called, repeat=repeat) * times
             self._known[name, repeat] = total
         return self._known[name, repeat]
+
+    def _run(self, i: Instruction) -> list[str]:
+        """Computations that an instruction runs: of a conditional's branches the one that moves the fewest bytes."""
+        called = _called(i)
+        return (
+            [min(called, key=lambda name: self.work(name, repeat=True).bytes)] if i.opcode == "conditional" else called
+        )
 
     def _flops(self, i: Instruction) -> float:
         if i.opcode == "fusion":
@@ -179,8 +186,9 @@ class Module:
         if 'custom_call_target="ConcatBitcast"' in i.rest:  # XLA:TPU's name for neighbours in memory
             return 0.0
         inputs, result = [array_bytes(self.shapes.get(name, "")) for name in i.operands], array_bytes(i.shape)
-        if i.opcode == "copy-start":  # the result is (copy, operand, context)
-            return result
+        gathers = i.opcode.endswith("-start") and i.opcode.removesuffix("-start") in COLLECTIVES
+        if i.opcode == "copy-start" or (gathers and i.opcode != "all-reduce-start"):
+            return result  # which holds the operand too
         if i.opcode == "slice-start":  # the result is (operand, slice, context)
             given, sliced, *_ = _ARRAY.finditer(i.shape)
             return sum(_array_bytes(sliced, place=of[5]) for of in (given, sliced))
@@ -200,8 +208,8 @@ class Module:
     def causes(self) -> dict[str, float]:
         """Bytes of the program, its loops repeated, by the JAX operation that an instruction belongs to, largest first.
 
-        A fusion belongs to the operation that it ends in; copies into another layout or memory, which XLA adds, are
-        `copy`, and gradients are apart from what they are the gradients of.
+        A fusion belongs to the operation that it ends in; copies, transpositions and reshapes, most of which XLA adds
+        for another layout or memory, are `copy`, and gradients are apart from what they are the gradients of.
         """
         found: dict[str, float] = {}
 
@@ -210,7 +218,7 @@ class Module:
                 if size := self._bytes(i) * times:
                     found[_cause(i)] = found.get(_cause(i), 0.0) + size
                 if i.opcode in _RUNS:
-                    for called in _called(i):
+                    for called in self._run(i):
                         add(called, times * ((self.trip_count(i) or 1) if i.opcode == "while" else 1))
 
         add(self.entry, 1)

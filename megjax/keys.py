@@ -11,9 +11,9 @@ from megjax.configs import is_integer
 
 
 def as_key(key: Any) -> Key[Array, ""]:
-    """The typed key that `key` stands for: a seed's is `jax.random.key(seed)`, an old key's (uint32 [2]) has its words.
+    """The typed key that `key` stands for: a seed's is `jax.random.key(seed)`, an old Threefry key's has its words.
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything else, old keys of other generators included.
     """
     if is_integer(key) and -(2**31) <= key < 2**32:
         return jax.random.key(int(key))

@@ -36,7 +36,11 @@ def check_snr_db(snr_db) -> np.ndarray:
     """
     try:
         given = np.asarray(snr_db)
-        values = given.astype(np.float64) if given.dtype.kind in "iuf" else None
+        values = (
+            given.astype(np.float64)
+            if jnp.issubdtype(given.dtype, jnp.number) and not jnp.iscomplexobj(given)
+            else None
+        )
     except (TypeError, ValueError):
         values = None
     if values is None:

@@ -136,6 +136,32 @@ def test_only_main_memory_counts_and_gathers_read_what_they_return():
     assert module.work(repeat=True).bytes == sum(causes.values())
 
 
+CHOICES = """%dear (x: f32[64]) -> f32[64] {
+  %x = f32[64]{0} parameter(0)
+  %y = f32[64]{0} negate(%x)
+  ROOT %z = f32[64]{0} negate(%y)
+}
+
+%cheap (x: f32[64]) -> f32[64] {
+  %x = f32[64]{0} parameter(0)
+  ROOT %w = f32[64]{0} negate(%x)
+}
+
+ENTRY %main (p: pred[], x: f32[64]) -> f32[64] {
+  %p = pred[] parameter(0)
+  %x = f32[64]{0} parameter(1)
+  %chosen = f32[64]{0} conditional(%p, %x, %x), true_computation=%dear, false_computation=%cheap
+  %ag = (f32[64]{0}, f32[256]{0}) all-gather-start(%chosen), replica_groups={{0,1,2,3}}
+  ROOT %whole = f32[256]{0} all-gather-done(%ag)
+}
+"""
+
+
+def test_a_choice_moves_what_its_cheapest_branch_moves_and_a_gather_its_two_sides():
+    module = hlo.Module(CHOICES)
+    assert module.work(repeat=True).bytes == 2 * 256 + 256 + 1024 == sum(module.causes().values())
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_causes_sum_to_all_bytes(name):
     fn, *shapes = PROGRAMS[name]
@@ -151,6 +177,8 @@ def test_causes_sum_to_all_bytes(name):
         ("f32[40,3,9]{0,2,1:T(8,128)}", 3 * 16 * 128 * 4),
         ("(f32[40,3,9]{0,2,1:T(8,128)S(1)}, f32[8]{0:S(0)}, u32[]{:S(2)})", 32),
         ("(f32[2], /*index=1*/s4[6]{0}, pred[])", 12),
+        ("s4[8,128]{1,0:T(8,128)(2,1)E(4)}", 512),
+        ("s4[8,128]{1,0:T(8,128)(2,1)E(4)S(1)}", 0),
         ("c64[3]", 24),
         ("f8e4m3fn[5]", 5),
         ("token[]", 0),

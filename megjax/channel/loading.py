@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from megjax.channel.numerics import bisect
+from megjax.channel.numerics import bisect, with_gradient_of
 from megjax.channel.parameters import check
 
 MeanError = Callable[[Float[Array, "*s"]], Float[Array, "*s"]]
-"""E[1 / (1 + x g)] at the mean SNR x >= 0, elementwise, over the law of the gain g of mean 1."""
+"""E[1 / (1 + x g)] at the mean SNR x >= 0, elementwise, over the law of the gain g of mean 1.
+
+JAX differentiates it twice, in forward mode.
+"""
 
 _OUTER_STEPS = 32
 """Halvings of the largest load, which lies in [1, m]."""
@@ -48,7 +51,8 @@ def static_load(
     check("weights", weights, "finite, 0 or more and not all 0", lambda w: (w >= 0) & (w > 0).any())
     check("snr", snr, "finite and 0 or more", lambda value: value >= 0)
     weights, snr = jnp.asarray(weights, jnp.float32), jnp.asarray(snr, jnp.float32)
-    largest = jnp.max(weights)
+    first = jnp.argmax(weights)
+    largest, is_first = weights[first], jnp.arange(weights.shape[0]) == first
     ratios = jnp.where(largest > 0, weights / jnp.where(largest > 0, largest, 1.0), 1.0)
 
     def benefit(load):
@@ -61,8 +65,11 @@ def static_load(
         price = benefit(top)
         none = jnp.zeros_like(ratios)
         load, _ = bisect(lambda load: price - ratios * benefit(load), none, top, _INNER_STEPS)
-        # Where even the first bit of power is not worth its price there is no root, and the largest's is `top` itself.
-        return jnp.where(ratios < 1, jnp.where(ratios * benefit(none) > price, load, 0.0), top)
+        # A weight as large as the largest has its load, but its own gradient. Where even the first bit of power is not
+        # worth its price there is no root.
+        load = jnp.where(ratios < 1, load, with_gradient_of(load, jnp.full_like(load, top)))
+        sent = (ratios == 1) | (ratios * benefit(none) > price)
+        return jnp.where(is_first, top, jnp.where(sent, load, 0.0))
 
     top, _ = bisect(lambda top: jnp.mean(others(top)) - 1, jnp.float32(1), jnp.float32(weights.shape[0]), _OUTER_STEPS)
     load = others(top)

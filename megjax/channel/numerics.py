@@ -31,7 +31,7 @@ def cubic_interpolation(table: Float[Array, " n"], place: Float[Array, "*s"]) ->
     """Value of a smooth function at `place` in [0, n - 1], elementwise, from its values at 0, 1, ..., n - 1, n >= 3.
 
     Cubic Hermite interpolation with central differences as slopes, so that the gradient in `place` is continuous and as
-    accurate as the value. Places outside are those of the end that is nearer, in the value as in the gradient.
+    accurate as the value. Outside, the value is that of the nearer end and the gradient in `place` is 0.
     """
     ends = 2 * table[1] - 1.5 * table[0] - 0.5 * table[2], 1.5 * table[-1] - 2 * table[-2] + 0.5 * table[-3]
     slopes = jnp.concatenate([ends[0][None], 0.5 * (table[2:] - table[:-2]), ends[1][None]])
@@ -57,8 +57,9 @@ def bisect(
     """Root of an increasing function in [low, high], elementwise, and the ends of what `steps` leave of it.
 
     The root is the middle. It has the gradient of the implicit function theorem, dx = -df / f'(x), in everything that
-    `function` closes over, which steps of a bisection do not have, and 0 where f' is 0. The ends have no gradient. The
-    caller deals with roots outside [low, high]: there the nearer end is returned, with a gradient that means nothing.
+    `function` closes over, which steps of a bisection do not have, and 0 where f' is 0. JAX must be able to
+    differentiate `function`, in forward mode, even if nobody asks for a gradient. The ends have no gradient. The caller
+    deals with roots outside [low, high]: there the nearer end is returned, with a gradient that means nothing.
     """
 
     def solve(function, _):

@@ -299,8 +299,12 @@ def _as_batch(name: str, values: Any) -> Float[Array | np.ndarray, "b h w c"]:
     return array
 
 
+_ROUNDING = 1e-3
+"""What values of images may exceed [0, 1] by, as those of a resized image do."""
+
+
 def _as_images(images: Any) -> Float[Array | np.ndarray, "b H W 3"]:
-    """Images in [0, 1]: uint8 divided by 255, real numbers as they are; ValueError for others, outside jit by value."""
+    """Images: uint8 divided by 255, or real numbers; ValueError, outside jit, unless in [0, 1] but for rounding."""
     images = _as_batch("images", images)
     if images.dtype == np.uint8:
         return images / np.float32(255)
@@ -308,7 +312,8 @@ def _as_images(images: Any) -> Float[Array | np.ndarray, "b H W 3"]:
     require(real, "images' type", images.dtype.name, "uint8, of 0 to 255, or real, of 0 to 1")
     if not isinstance(images, jax.core.Tracer):
         ends = float(images.min()), float(images.max())
-        require(ends[0] >= 0 and ends[1] <= 1, "images from smallest to largest", ends, "in 0 to 1, or uint8")
+        inside = ends[0] >= -_ROUNDING and ends[1] <= 1 + _ROUNDING
+        require(inside, "images from smallest to largest", ends, "in 0 to 1, or uint8")
     return images
 
 

@@ -301,6 +301,7 @@ def denoise(
         `model_fn.at_steps(timesteps)` is used instead, (scaled input, index of the timestep) -> model output.
       x: input of step `start` in the sampler's own space (`scale_initial` at step 0, `from_vp` elsewhere).
       state: what an earlier call returned, to go on exactly where it stopped; None restarts the solver at `start`.
+        PNDM then repeats its second step, as in diffusers, and its latents lag one step behind.
       key: for stochastic samplers, one for the batch or one for each of its elements [b]; step i draws with
         `fold_in(key, i)`, so that a split run draws the same noise.
       noise: in place of `key`, the unit-variance noise of all `num_steps` steps. Deterministic samplers read neither.

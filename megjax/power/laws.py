@@ -28,7 +28,7 @@ _SAMPLES, _SAMPLE_NODES = 2**17, 2**10
 TABLE_SIZE, _TABLE_STEP = 512, 0.08
 _BISECTIONS = 50
 _PRICE_BISECTIONS = 24
-"""Leave 2e-6 of the table's range of 41 in the logarithm of a price, which the energy's share then corrects."""
+"""Halvings of the range of prices, 41 in their logarithm, to 2e-6; the share of the energy corrects the rest."""
 
 
 class GainLaw(NamedTuple):

@@ -175,7 +175,7 @@ def test_tables_of_latency_and_effort(tmp_path):
     assert "| v5e:2x4 | 2 | 1 | 2 | 1.00 | 0 | 0 MB | 1 ms | 2 ms | 2.0 |" in text
     assert "| generate | sd15 | v5e:2x4 | 0 | 1.00 GiB | 1 MiB | 12% | 1 | 4 ms | 12 s |" in text
     assert text.count("| generate | sd15 | v5e:2x4 | 1 image |") == 1
-    assert "Of 5 programs, 1 are from before" in text
+    assert "Of 5 programs, 1 are left out" in text
     assert "| generate | sd15 | v5e | 1 | gradient of dot_general 50%, copy 10% |" in text
     assert "| generate | sd15 | v5e:2x4 | 4 | 1 | 1.00 | 1.00 | 12% | 12% | 2e+03 | 1e+03 | 1e+03 us, compute |" in text
 
