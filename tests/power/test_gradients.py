@@ -96,6 +96,6 @@ def test_gradients_of_loads_are_those_of_central_differences(mean_error):
 
 
 def test_the_largest_of_equal_weights_have_gradients_of_their_own():
-    """l = sqrt(w) (c + 1) / mean sqrt(w) - 1 without fading, c = 1 / snr: dl_i / dw_j = (1 + c) (delta_ij - 1 / m) / 2."""
+    """Without fading l = (1 + c) sqrt(w) / mean sqrt(w) - c with c = 1 / snr; at equal weights and c = 1, I - 1 / m."""
     jacobian = jax.jit(jax.jacrev(lambda weights: static_load(weights, 1.0)))(jnp.ones(4))
     np.testing.assert_allclose(jacobian, np.eye(4) - 0.25, atol=1e-5)
