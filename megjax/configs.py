@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import glob
 import json
 import math
 import os
+import platform
+import re
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -146,12 +149,27 @@ def write_text(path: Path, text: str) -> None:
 def in_one_step(path: Path) -> Iterator[Path]:
     """A file beside `path` to write to, which takes its place when the block ends, so that a kill leaves a whole one.
 
-    No two processes get the same file, so each may write `path` at any time. An error in the block removes it.
+    No two processes get the same file, so each may write `path` at any time. An error in the block removes it, and the
+    next to write `path` removes those that killed processes of the same machine left.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+    machine = re.sub(r"\W", "", platform.node())
+    part = path.with_name(f"{path.name}.{machine}-{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
     try:
         yield part
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+    for other in path.parent.glob(f"{glob.escape(path.name)}.{machine}-*.part"):
+        if not _runs(int(other.name.split("-")[-2])):
+            other.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True

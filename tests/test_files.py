@@ -1,6 +1,10 @@
 """Files that appear in one step: whole for every reader, however many processes write them, and gone after an error."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -25,6 +29,18 @@ def test_readers_see_whole_files_while_several_write_the_same(tmp_path):
         assert values["rows"] == rows
         found.add(values["writer"])
     assert len(found) > 1 and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_goes_with_the_next_file(tmp_path):
+    path = tmp_path / "a.json"
+    write = "import os, signal, sys; from pathlib import Path; from megjax.configs import in_one_step\n"
+    write += "with in_one_step(Path(sys.argv[1])) as part: part.touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    assert subprocess.run([sys.executable, "-c", write, path]).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    running = left.with_name(left.name.replace(left.name.split("-")[-2], str(os.getpid())))
+    running.touch()
+    write_json(path, {})
+    assert sorted(tmp_path.iterdir()) == sorted([path, running])
 
 
 def test_an_error_leaves_the_old_file(tmp_path):
