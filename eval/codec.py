@@ -40,6 +40,7 @@ from megjax.codec.schemes import (
 from megjax.configs import in_one_step, read_json, require, require_positive_integers, write_json
 from megjax.data.latents import generate, model_digest, scene_captions
 from megjax.diffusion.pipeline import StableDiffusion
+from megjax.keys import from_seed
 from megjax.metrics import psnr
 from megjax.runtime import check_seed, command, prepare_output
 from megjax.units import check_snr_db, db_to_linear, linear_to_db
@@ -125,7 +126,7 @@ class Bench:
 
     @functools.cached_property
     def key(self):
-        return jax.random.key(self.args.seed)
+        return from_seed(self.args.seed)
 
     @functools.cached_property
     def references(self) -> list[np.ndarray]:

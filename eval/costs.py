@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import pandas as pd
 import tyro
@@ -15,6 +14,7 @@ from megjax.codec import SeedCodec
 from megjax.configs import in_one_step, require
 from megjax.diffusion.layout import locate
 from megjax.diffusion.pipeline import StableDiffusion
+from megjax.keys import from_seed
 from megjax.runtime import command, prepare_output
 from megjax.system import Resources, fit_image_codec, make_simulator, measure_work, scheme_cost
 from megjax.units import check_snr_db
@@ -65,7 +65,7 @@ def run(args: Arguments) -> pd.DataFrame:
     latents = jnp.asarray(latents[:200])
     pictures = pipe.decode(latents, 20)
     options = {"mode": "equal_power", "rate": args.rate, "num_steps": args.steps}
-    table = fit_image_codec(jax.random.key(0), pictures, RayleighFading(), [args.snr_db])
+    table = fit_image_codec(from_seed(0), pictures, RayleighFading(), [args.snr_db])
     rows, ids, work = [], pipe.tokenize(["a house"]), None
     for name, (scheme, variant, more) in SCHEMES.items():
         made = make_simulator(

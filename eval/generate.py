@@ -23,6 +23,7 @@ from megjax.configs import require, write_json
 from megjax.data import scenes
 from megjax.diffusion.layout import locate
 from megjax.diffusion.pipeline import StableDiffusion
+from megjax.keys import from_seed
 from megjax.metrics import SceneNet, psnr, ssim
 from megjax.metrics.scenenet import caption_accuracy, predict
 from megjax.runtime import check_seed, command, prepare_output
@@ -193,7 +194,7 @@ def run(args: Arguments) -> list[dict]:
     made = {name: make_simulator(pipe, codec, name, FADING, args.policy, **options) for name in schemes}
     scenenet = SceneNet.load(folder / "scenenet") if (folder / "scenenet").is_dir() else None
 
-    image_key, channel_key = jax.random.split(jax.random.key(args.seed))
+    image_key, channel_key = jax.random.split(from_seed(args.seed))
     ids = pipe.tokenize(args.prompts)
     started = time.perf_counter()
     latents = pipe.generate_latents(

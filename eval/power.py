@@ -18,6 +18,7 @@ from megjax.channel import Fading, GaussMarkovFading, JakesFading, RayleighFadin
 from megjax.channel.numerics import squared_magnitude
 from megjax.codec import SeedCodec
 from megjax.configs import require, require_positive_integers
+from megjax.keys import from_seed
 from megjax.power import POLICIES, LearnedPower, LoadedPower, make_policy, power_problem, weighted_errors
 from megjax.runtime import check_seed, command, prepare_output
 from megjax.units import check_snr_db
@@ -110,7 +111,7 @@ def returns(policy, gains, problem):
 
 def draw_gains(setting: Setting, args: Arguments, index: int):
     """Power gains [n t] of the held-out episodes."""
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(args.seed), index), args.num)
+    keys = jax.random.split(jax.random.fold_in(from_seed(args.seed), index), args.num)
     sample = jax.jit(jax.vmap(lambda key: squared_magnitude(setting.fading.sample(key, args.blocks))))
     return sample(keys)
 

@@ -21,6 +21,7 @@ from megjax.codec.schemes import LearnedScheme, draw_gains, realisation_keys, si
 from megjax.configs import require_positive_integers, write_text
 from megjax.data.latents import load
 from megjax.diffusion.pipeline import StableDiffusion
+from megjax.keys import from_seed
 from megjax.metrics import bootstrap_interval, psnr
 from megjax.power import LearnedPower, LoadedPower, make_policy, power_problem
 from megjax.runtime import command, prepare_output
@@ -79,7 +80,7 @@ def run(args: Arguments) -> pd.DataFrame:
     codec, pipe = SeedCodec.from_pretrained("scenes"), StableDiffusion.from_pretrained("scenes")
     latents = load(args.held_out)[: args.num]
     prepare_output(args.output)
-    scheme, count, key = LearnedScheme(codec.graph, codec.state), codec.num_symbols(args.rate), jax.random.key(0)
+    scheme, count, key = LearnedScheme(codec.graph, codec.state), codec.num_symbols(args.rate), from_seed(0)
     parts = [slice(i, i + args.batch) for i in range(0, len(latents), args.batch)]
     originals = [pipe.decode(jnp.asarray(latents[part])) for part in parts]
     compare, rows = jax.jit(jax.vmap(psnr)), []

@@ -14,6 +14,7 @@ import tyro
 from megjax.channel import RayleighFading
 from megjax.channel.numerics import squared_magnitude
 from megjax.configs import in_one_step, require, require_positive_integers
+from megjax.keys import from_seed
 from megjax.power import LearnedPower, causal_optimum, make_policy, power_problem, weighted_errors
 from megjax.power.recipe import PRESETS
 from megjax.runtime import command, prepare_output
@@ -42,7 +43,7 @@ class Arguments:
 
 def references(args: Arguments) -> dict[str, float]:
     """Mean return of policies over the SNRs of training, by the midpoint rule over equal steps in dB."""
-    recipe, key = PRESETS["default"], jax.random.key(2)
+    recipe, key = PRESETS["default"], from_seed(2)
     edges = np.linspace(recipe.min_snr_db, recipe.max_snr_db, LEVELS + 1)
     keys = jax.random.split(key, args.num)
     gains = jax.jit(jax.vmap(lambda k: squared_magnitude(FADING.sample(k, args.blocks))))(keys)

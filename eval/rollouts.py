@@ -12,6 +12,7 @@ from tqdm import tqdm
 from megjax import channel
 from megjax.channel import theory
 from megjax.configs import require_positive_integers, write_json
+from megjax.keys import from_seed
 from megjax.runtime import check_seed, command, prepare_output
 from megjax.units import db_to_linear, linear_to_db, noise_var_from_snr_db
 
@@ -63,7 +64,7 @@ def bit_error_rates(args: Arguments) -> list[dict]:
         def fn(key, noise_vars, fading, modulation=modulation):
             return count_errors(key, noise_vars, fading, modulation)
 
-        key = jax.random.fold_in(jax.random.key(args.seed), i)
+        key = jax.random.fold_in(from_seed(args.seed), i)
         drawn = channel.rollout(key, fn, args.num, args.chunk, args=(noise_vars, FADINGS[name]), progress=False)
         exact = np.asarray(THEORY[name](snr, modulation), np.float64)
         for level, mean, error, closed in zip(SNRS_DB, drawn.mean, drawn.standard_error, exact, strict=True):
@@ -80,7 +81,7 @@ def traces(seed: int) -> dict[str, np.ndarray]:
         "Rician K = 10, shadowed by 4 dB": channel.ShadowedFading(channel.RicianFading(10.0), 4.0),
         "Gauss-Markov, rho = 0.98": channel.GaussMarkovFading(0.98),
     }
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 2**31), len(laws))
+    keys = jax.random.split(jax.random.fold_in(from_seed(seed), 2**31), len(laws))
     samples = {name: law.sample(key, TRACE_BLOCKS) for key, (name, law) in zip(keys, laws.items(), strict=True)}
     return {name: np.asarray(linear_to_db(jnp.abs(gains) ** 2)) for name, gains in samples.items()}
 

@@ -17,6 +17,7 @@ from megjax.codec.recipe import PRESETS, specialist, train_codec
 from megjax.codec.schemes import LearnedScheme, simulate
 from megjax.configs import require, require_positive_integers, write_json
 from megjax.data import latents
+from megjax.keys import from_seed
 from megjax.metrics import bootstrap_interval
 from megjax.runtime import command, prepare_output
 from megjax.units import check_snr_db
@@ -57,7 +58,7 @@ def errors(codec: SeedCodec, held_out: np.ndarray, snr_db: float, num_symbols: i
         received, _ = simulate(scheme, keys, z, snr_db, fading, num_symbols=num_symbols)
         return jnp.square(received - z).sum((1, 2, 3))
 
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(len(held_out)))
+    keys = jax.vmap(lambda i: jax.random.fold_in(from_seed(0), i))(jnp.arange(len(held_out)))
     z = jnp.asarray(held_out)
     return {name: np.asarray(send(scheme, law, jax.random.clone(keys), z)) for name, law in FADINGS.items()}
 

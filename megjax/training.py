@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from tqdm import tqdm
 
 from megjax.configs import read_json, require, write_json, write_text
+from megjax.keys import from_seed
 from megjax.processes import gather
 from megjax.pytrees import pytree_dataclass
 from megjax.termination import TerminationNotice
@@ -267,14 +268,13 @@ def fit(
     Continues from the newest checkpoint in `folder`, to the bit as if it had never stopped; `params` are the start of a
     new run. A step averages `num_shards` draws of the loss, over the devices (see `data_parallel`); a run resumed on
     another number of devices goes on with the same draws. `description` is what besides `config` must agree for a
-    resume. `on_checkpoint` is called after each save. `seconds.json` says how long the steps so far have taken,
-    compilation included.
+    resume. `on_checkpoint` is called after each save. `seconds.json` has the time of all steps, compilation included.
 
     Raises ValueError if `folder` holds a run with other settings, or the number of processes does not divide a
     `num_shards` above 1.
     """
     state, data = shared((init_state(config, params), data), num_shards)
-    chunk, key = make_chunk(config, data_parallel(loss_fn, num_shards)), jax.random.key(config.seed)
+    chunk, key = make_chunk(config, data_parallel(loss_fn, num_shards)), from_seed(config.seed)
     final = run_loop(
         lambda state, num_steps: chunk(state, data, key, num_steps),
         state,

@@ -44,7 +44,7 @@ ARROWS = {
     "runtime": {"configs", "processes", "sharding"},
     "sharding": {"configs"},
     "keys": {"configs"},
-    "data.scenes": {"data.__init__", "data.scene_shapes"},
+    "data.scenes": {"data.__init__", "data.scene_shapes", "keys"},
     "data.scene_shapes": {"data.__init__", "precision"},
     "data.latents": {"diffusion"},
     "codec": {"channel", "training"},

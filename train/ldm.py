@@ -16,6 +16,7 @@ from flax import nnx
 from megjax.configs import read_json, require
 from megjax.diffusion.layers import ShapeRngs
 from megjax.diffusion.vae import AutoencoderKL
+from megjax.keys import from_seed
 from megjax.ldm import fitting, stages
 from megjax.ldm.grids import save_grid
 from megjax.ldm.recipe import PRESETS, Recipe
@@ -43,7 +44,7 @@ class Arguments:
 
 def vae_grid(recipe: Recipe, graph: nnx.GraphDef, folder: Path):
     """A callback that saves held-out pictures above their reconstructions."""
-    _, images = jax.jit(lambda k: stages.draw_scenes(k, GRID, recipe.image_size, "held_out"))(jax.random.key(7))
+    _, images = jax.jit(lambda k: stages.draw_scenes(k, GRID, recipe.image_size, "held_out"))(from_seed(7))
 
     @jax.jit
     def reconstruct(params):
@@ -63,13 +64,13 @@ def vae_grid(recipe: Recipe, graph: nnx.GraphDef, folder: Path):
 
 def unet_grid(recipe: Recipe, folder: Path):
     """A callback that saves pictures generated from held-out captions, each next to a real one."""
-    drawn, real = jax.jit(lambda k: stages.draw_scenes(k, GRID, recipe.image_size, "held_out"))(jax.random.key(7))
+    drawn, real = jax.jit(lambda k: stages.draw_scenes(k, GRID, recipe.image_size, "held_out"))(from_seed(7))
     captions = [row[0] for row in fitting.captions_of(drawn)]
 
     def save(pipe, step: int) -> None:
         if not is_first():
             return
-        images = pipe.generate(jax.random.key(0), pipe.tokenize(captions))
+        images = pipe.generate(from_seed(0), pipe.tokenize(captions))
         half = GRID // 2
         rows = np.concatenate([real[:half], images[:half], real[half:], images[half:]])
         save_grid(rows, folder / "unet" / "grids" / f"{step:06d}.png", half)

@@ -13,12 +13,12 @@ import numpy as np
 from jaxtyping import Array, Complex, Float, Key, UInt32
 
 from megjax.channel.numerics import polynomial
+from megjax.keys import THREEFRY, threefry
 
 # Fitted by Chebyshev interpolation; relative errors of the functions below are under 3e-8 before rounding.
 _LOG1P = (-0.0810163641, 0.1271241, -0.129722556, 0.14202163, -0.166422455, 0.200014689, -0.250002966, 0.333333286)
 _SIN = (-0.000195875404, 0.00833274548, -0.166666646)
 _COS = (2.45438903e-05, -0.00138882716, 0.0416666642)
-_THREEFRY = "threefry2x32"
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _SQRT_HALF = 0xB504F333
 """sqrt(1/2) in units of 2^-32."""
@@ -43,17 +43,14 @@ def unit_phasor(key: Key[Array, ""], shape: tuple[int, ...]) -> Complex[Array, "
 
 
 def fold_in_each(key: Key[Array, ""], data: UInt32[Array, "*s"]) -> Key[Array, "*s"]:
-    """`jax.random.fold_in(key, x)` for every x in `data`, in one kernel."""
-    if str(jax.random.key_impl(key)) != _THREEFRY:
-        folded = jax.vmap(jax.random.fold_in, (None, 0))(key, data.reshape(-1))
-        return folded.reshape(data.shape)
-    key_words = jax.random.key_data(key)
+    """`jax.random.fold_in(key, x)` for every x in `data`, in one kernel; the keys are Threefry's (`keys.threefry`)."""
+    key_words = jax.random.key_data(threefry(key))
     words = _threefry2x32(key_words[0], key_words[1], jnp.zeros_like(data), data)
-    return jax.random.wrap_key_data(jnp.stack(words, axis=-1), impl=_THREEFRY)
+    return jax.random.wrap_key_data(jnp.stack(words, axis=-1), impl=THREEFRY)
 
 
 def split(key: Key[Array, ""], num: int = 2) -> Key[Array, " n"]:
-    """`jax.random.split(key, num)` in the kernel that uses the keys (of partitionable Threefry; others: fold-ins)."""
+    """`jax.random.split(key, num)` of partitionable Threefry, in the kernel that uses the keys."""
     return fold_in_each(key, jnp.arange(num, dtype=jnp.uint32))
 
 
@@ -66,14 +63,12 @@ def _random_words(key: Key[Array, ""], shape: tuple[int, ...]) -> tuple[UInt32[A
     """Two independent arrays of random words: the Threefry-2x32 blocks of counters 0, 1, 2, ... under `key`.
 
     They are the words that `jax.random.split(key, n)` makes, but in elementwise arithmetic instead of JAX's primitive,
-    which no backend fuses. Keys of other generators go through `jax.random.bits`.
+    which no backend fuses.
     """
     size = math.prod(shape)
     if size >= 2**32:
         raise ValueError(f"shape is {shape}; it must hold fewer than 2^32 numbers")
-    if str(jax.random.key_impl(key)) != _THREEFRY:
-        return tuple(jax.random.bits(key, (2, *shape), jnp.uint32))
-    key_words = jax.random.key_data(key)
+    key_words = jax.random.key_data(threefry(key))
     counter = jax.lax.iota(jnp.uint32, size).reshape(shape)
     return _threefry2x32(key_words[0], key_words[1], jnp.zeros_like(counter), counter)
 

@@ -21,6 +21,7 @@ from megjax.channel.parameters import check_count
 from megjax.channel.random import fold_in_each
 from megjax.channel.reductions import Moments, Reduction
 from megjax.configs import in_one_step
+from megjax.keys import threefry
 
 _LIMIT = 2**32 - 1
 _SAVE_EVERY_S = 10.0
@@ -40,10 +41,11 @@ def rollout(
 ) -> Any:
     """Draw `num` realisations of `fn(realisation_key, *args)` and reduce them as they come.
 
-    Realisation i gets the key `fold_in(key, i)`: neither `chunk`, the number computed at a time, nor the number of
-    devices changes what it draws; only the rounding of the sums depends on them. `fn` returns an array or a tree of
-    arrays for one realisation. It is vmapped, compiled once, and kept compiled for further calls with the same `fn`
-    object; what varies between calls goes into `args`, a tree of arrays or channel models.
+    Realisation i gets the key `fold_in(key, i)`, where a key of another generator than Threefry is first made one of
+    Threefry (`megjax.keys`): neither `chunk`, the number computed at a time, nor the number of devices changes what it
+    draws; only the rounding of the sums depends on them. `fn` returns an array or a tree of arrays for one realisation.
+    It is vmapped, compiled once, and kept compiled for further calls with the same `fn` object; what varies between
+    calls goes into `args`, a tree of arrays or channel models.
 
     Args:
         num: realisations, at most 2^32 - 1.
@@ -60,6 +62,7 @@ def rollout(
     """
     reduction = Moments() if reduction is None else reduction
     _check(key, fn, num, chunk, args, reduction)
+    key = threefry(key)
     devices = tuple(jax.local_devices() if devices is None else devices)
     if not devices:
         raise ValueError("devices is empty; it must name at least one device")

@@ -18,6 +18,7 @@ from megjax.codec import link
 from megjax.codec.linear import LatentStatistics, klt_nmse, latent_statistics
 from megjax.codec.network import SeedCodecConfig, SeedNetwork
 from megjax.configs import require
+from megjax.keys import threefry
 from megjax.units import db_to_linear, linear_to_db
 
 SMALLEST_LOAD = 1e-4
@@ -67,7 +68,7 @@ class Draw(NamedTuple):
 def draw_conditions(key: Key[Array, ""], conditions: Conditions, num_values: int) -> Draw:
     """Random SNR, power, rate and mapping of every group."""
     groups = (conditions.groups,)
-    keys = jax.random.split(key, 5)
+    keys = jax.random.split(threefry(key), 5)
     rates = jnp.asarray(conditions.rates, jnp.float32)
     exact = rates[jax.random.randint(keys[0], groups, 0, len(conditions.rates), jnp.int32)]
     log_low, log_high = np.log2(min(conditions.rates)), np.log2(max(conditions.rates))
@@ -90,6 +91,7 @@ def draw_conditions(key: Key[Array, ""], conditions: Conditions, num_values: int
 
 def draw_gains(key: Key[Array, ""], num_blocks: int) -> Float[Array, " t"]:
     """|h_t|^2 [t] of one realisation: Rayleigh (half of them), Rician, Jakes or no fading, with random parameters."""
+    key = threefry(key)
     keys = jax.random.split(key, 6)
     k_factor = db_to_linear(jax.random.uniform(keys[0], (), jnp.float32, 0.0, 12.0))
     doppler = 10 ** jax.random.uniform(keys[1], (), jnp.float32, -3.0, -0.5)
@@ -102,7 +104,7 @@ def draw_gains(key: Key[Array, ""], num_blocks: int) -> Float[Array, " t"]:
 
 def draw_power(key: Key[Array, ""], load: Float[Array, " t"]) -> Float[Array, " t"]:
     """Block powers of mean 1: the codec's load (half of them), equal, or one of these times random factors."""
-    kind_key, noise_key, spread_key = jax.random.split(key, 3)
+    kind_key, noise_key, spread_key = jax.random.split(threefry(key), 3)
     kind = jax.random.uniform(kind_key, (2,), jnp.float32)
     spread = jax.random.uniform(spread_key, (), jnp.float32, maxval=1.5)
     factors = jnp.exp(spread * jax.random.normal(noise_key, load.shape, jnp.float32))
@@ -128,7 +130,7 @@ def codec_loss(graph: nnx.GraphDef, conditions: Conditions, decode_images: Decod
     size, blocks = conditions.group_size, conditions.num_blocks
 
     def loss_fn(params, data, key):
-        keys = jax.random.split(key, 5)
+        keys = jax.random.split(threefry(key), 5)
         network: SeedNetwork = nnx.merge(graph, params, data["constants"])
         draw = draw_conditions(keys[0], conditions, network.config.num_values)
         latents = draw_latents(keys[1], data["latents"], conditions).reshape(-1, *network.config.latent_shape)
@@ -162,7 +164,7 @@ def draw_latents(
     key: Key[Array, ""], sets: tuple[Float[Array, "_ *k"], ...], conditions: Conditions
 ) -> Float[Array, "b *k"]:
     """A batch with `first_share` of its rows from the first set, group by group alike, the others from the second."""
-    first_key, second_key = jax.random.split(key)
+    first_key, second_key = jax.random.split(threefry(key))
     groups, size = conditions.groups, conditions.group_size
     first = size if len(sets) == 1 else round(conditions.first_share * size)
     parts = [sets[0][jax.random.randint(first_key, (groups, first), 0, len(sets[0]), jnp.int32)]]
@@ -186,7 +188,7 @@ def transmit_group(
         snr = link.value_snr(spending, db_to_linear(draw.snr_db) * block_snr, block)
         return link.receive_values(noise_key, values, snr)
 
-    return jax.vmap(one)(jax.random.split(key, len(values)), values)
+    return jax.vmap(one)(jax.random.split(threefry(key), len(values)), values)
 
 
 def initial_network(config: SeedCodecConfig, latents: Float[np.ndarray, "n h w c"], seed: int = 0) -> SeedNetwork:

@@ -19,6 +19,7 @@ from megjax.codec import linear, link
 from megjax.codec.linear import LatentStatistics
 from megjax.codec.network import SeedNetwork
 from megjax.configs import require
+from megjax.keys import threefry
 from megjax.pytrees import pytree_dataclass, static
 from megjax.units import db_to_linear
 
@@ -151,14 +152,14 @@ class RawScheme:
 
 def realisation_keys(key: Key[Array, ""], images: ArrayLike, realisation: ArrayLike = 0) -> Key[Array, " b"]:
     """Keys of one realisation, or of one each [b], for the images of these numbers [b]; they depend on nothing else."""
-    images = jnp.asarray(images)
+    images, key = jnp.asarray(images), threefry(key)
     one = lambda i, r: jax.random.fold_in(jax.random.fold_in(key, i), r)  # noqa: E731
     return jax.vmap(one)(images, jnp.broadcast_to(jnp.asarray(realisation), images.shape))
 
 
 def draw_gains(keys: Key[Array, " b"], fading: Fading, num_blocks: int) -> Array:
     """The complex gains [b t] that `simulate` draws from these keys."""
-    return jax.vmap(lambda key: fading.sample(jax.random.split(key)[0], num_blocks))(keys)
+    return jax.vmap(lambda key: fading.sample(jax.random.split(key)[0], num_blocks))(threefry(keys))
 
 
 def block_power(spending: link.Spending, power: str | Float[Array, " t"]) -> Float[Array, " t"]:
@@ -200,7 +201,7 @@ def simulate(
         received = link.send_code(noise_key, values, spending, gains, shares, noise_var, num_symbols, mapping)
         return received, post_equalisation_snr(gains, shares, noise_var)
 
-    received, block_snr = jax.vmap(send)(keys, scheme.encode(latents, snr_db, num_symbols))
+    received, block_snr = jax.vmap(send)(threefry(keys), scheme.encode(latents, snr_db, num_symbols))
     return scheme.decode(received, snr_db, num_symbols), block_snr
 
 
@@ -260,7 +261,7 @@ def additive_prediction(
     num_blocks = weights.shape[0]
     spending = scheme.spending(snr_db, num_symbols, num_blocks, mapping)
     shares = db_to_linear(snr_db) * block_power(spending, power)
-    keys = jax.random.split(key, (2, num_realisations))
+    keys = jax.random.split(threefry(key), (2, num_realisations))
     gains = jax.vmap(lambda k: fading.sample(k, num_blocks))(keys[0])
     block_snr = squared_magnitude(gains) * shares[None]
     error = _latent_error(scheme, latents, num_symbols, snr_db, num_blocks, mapping)
@@ -281,7 +282,7 @@ def _latent_error(scheme, latents, num_symbols: int, snr_db, num_blocks: int, ma
 
     def error(key, block_snr):
         snr = link.value_snr(spending, block_snr, block)
-        keys = jax.random.split(key, len(values))
+        keys = jax.random.split(threefry(key), len(values))
         received = jax.vmap(link.receive_values, (0, 0, None))(keys, values, snr)
         return jnp.square(scheme.decode(received, snr_db, num_symbols) - latents).sum((1, 2, 3)).mean()
 

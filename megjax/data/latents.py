@@ -21,6 +21,7 @@ from tqdm import tqdm
 from megjax.configs import in_one_step, require
 from megjax.data import scenes
 from megjax.diffusion.pipeline import StableDiffusion
+from megjax.keys import from_seed
 from megjax.processes import gather, is_first, joint, num_processes, process_id, wait_for_file
 
 FORMAT = "megjax latents 1"
@@ -44,7 +45,7 @@ def scene_captions(num: int, seed: int = 0, split: str = "train") -> list[str]:
     """
     _check_integer("num", num, 1)
     _check_integer("seed", seed, 0, MAX_SEED)
-    key = jax.random.key(seed)
+    key = from_seed(seed)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(num))
     drawn = jax.device_get(jax.jit(jax.vmap(lambda k: scenes.sample_scene(k, split)))(keys))
     rows = (scenes.Scene(*(field[i] for field in drawn)) for i in range(num))
@@ -84,7 +85,7 @@ def generate(
     pipe.sampler(sampler, num_steps)
     pipe.latent_shape()
     settings = {"seed": seed, "num_steps": num_steps, "guidance_scale": float(guidance_scale), "sampler": sampler}
-    model, key, spread = model_digest(pipe), jax.random.key(seed), over_devices(shard_size)
+    model, key, spread = model_digest(pipe), from_seed(seed), over_devices(shard_size)
     negative = spread(np.repeat(pipe.tokenize([""]), shard_size, axis=0))
 
     def given(shard: int) -> list[str]:
@@ -130,7 +131,7 @@ def encode(
     _check_integer("shard_size", shard_size, 1)
     _check_integer("seed", seed, 0, MAX_SEED)
     require(bool(source.strip()), "source", source, "the name of what draws the images")
-    key, images = jax.random.key(seed), jax.jit(lambda k: draw(k, shard_size))
+    key, images = from_seed(seed), jax.jit(lambda k: draw(k, shard_size))
     identity = {"model": model_digest(pipe), "shard_size": str(shard_size), "source": source, "seed": _digest(seed)}
     return build(
         Path(folder),

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from megjax.data import scene_shapes as shapes
+from megjax.keys import threefry
 
 TIMES = ("dawn", "day", "sunset", "night")
 SKIES = ("clear", "cloudy", "orb")
@@ -75,7 +76,7 @@ def sample_scene(key: Array, split: str = "train") -> Scene:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     # One draw serves all choices: categories are floors of uniforms, orders and masked picks are their comparisons.
     triples = (len(PLACES), len(SLOT_KINDS), len(COLOURS))
-    draws = jax.random.uniform(key, (10 + int(np.prod(triples)),), jnp.float32)
+    draws = jax.random.uniform(threefry(key), (10 + int(np.prod(triples)),), jnp.float32)
     time, sky, ground, count = (
         jnp.floor(draws[i] * num).astype(jnp.int32)
         for i, num in enumerate((len(TIMES), len(SKIES), len(GROUNDS), len(PLACES)))
@@ -109,7 +110,7 @@ def mentioned(scene: Scene) -> Bool[Array, "12"]:
 
 def render(key: Array, scene: Scene, image_size: int = 64) -> Float[Array, "s s 3"]:
     """Renders a scene in [0, 1]; the key moves objects by up to 1.5/64, sizes by 6 %, and varies light and texture."""
-    layout_key, ground_key = jax.random.split(key)
+    layout_key, ground_key = jax.random.split(threefry(key))
     grid = shapes.make_grid(image_size)
     draws = jax.random.uniform(layout_key, (47,), jnp.float32, -1.0, 1.0)
     jitter, frame, light, sky_draws = draws[:9].reshape(3, 3), draws[9:12], draws[12:14], draws[14:]

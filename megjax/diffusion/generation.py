@@ -14,6 +14,7 @@ from megjax.diffusion import samplers
 from megjax.diffusion.samplers import Sampler
 from megjax.diffusion.transformer import KeysAndValues
 from megjax.diffusion.unet import UNet2DConditionModel
+from megjax.keys import threefry
 from megjax.sharding import constrain
 
 
@@ -94,6 +95,7 @@ def denoiser_for(
 
 def image_keys(key: Key[Array, ""], batch: int) -> tuple[Key[Array, " b"], Key[Array, " b"]]:
     """Keys of the initial noise and of the sampler's noise of each image: they depend on `key` and its index only."""
+    key = threefry(key)
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(jnp.arange(batch))
     return keys[:, 0], keys[:, 1]
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from megjax.diffusion import pndm
 from megjax.diffusion.scheduler_config import SchedulerConfig
 from megjax.diffusion.schedules import alphas_cumprod, inference_timesteps, prediction_weights
+from megjax.keys import threefry
 from megjax.pytrees import pytree_dataclass, static
 
 # Arrays of the latent's shape that the solver remembers; PNDM's Runge-Kutta steps take one more.
@@ -278,6 +279,7 @@ def _pndm_step(sampler: Sampler, state: SolverState, output: Array, i: Any, x: A
 
 
 def _draw(key: Array, i: Any, shape: tuple[int, ...]) -> Array:
+    key = threefry(key)
     if key.ndim == 0:
         return jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
     return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), shape[1:], jnp.float32))(key)

@@ -25,6 +25,7 @@ from megjax.diffusion.schedules import alphas_cumprod
 from megjax.diffusion.tokenization import load_tokenizer, tokenize, train_tokenizer
 from megjax.diffusion.unet import UNet2DConditionModel
 from megjax.diffusion.vae import AutoencoderKL
+from megjax.keys import from_seed
 from megjax.ldm import stages
 from megjax.ldm.recipe import MAX_TOKENS, Recipe
 from megjax.metrics.scenenet import SceneNet
@@ -86,7 +87,7 @@ def prepare_tokenizer(folder: Path):
 
 
 def _train_tokenizer(path: Path) -> None:
-    drawn = jax.jit(jax.vmap(scenes.sample_scene))(jax.random.split(jax.random.key(0), 2000))
+    drawn = jax.jit(jax.vmap(scenes.sample_scene))(jax.random.split(from_seed(0), 2000))
     captions = [caption for row in captions_of(drawn) for caption in row]
     train_tokenizer(captions, path, vocab_size=VOCAB_SIZE, max_tokens=MAX_TOKENS)
 
@@ -132,7 +133,7 @@ def _encode_scenes(
         return drawn, nnx.merge(graph, params).encode(2.0 * images - 1.0)
 
     parts = []
-    key = jax.random.key(recipe.unet.fit.seed)
+    key = from_seed(recipe.unet.fit.seed)
     for i in trange(-(-recipe.num_images // ENCODE_BATCH), desc="encode", unit_scale=ENCODE_BATCH):
         drawn, (mean, log_variance) = encode(params, jax.random.fold_in(key, i))
         captions = [caption for row in captions_of(drawn) for caption in row]
@@ -215,7 +216,7 @@ def train_unet(
 def source_statistics(recipe: Recipe, data: dict, factor: float, num_images: int = 2000) -> SourceStatistics:
     """Per-channel constants of the training set's pixels and scaled latents (posterior samples)."""
     draw = jax.jit(lambda key: stages.draw_scenes(key, ENCODE_BATCH, recipe.image_size)[1])
-    keys = (jax.random.fold_in(jax.random.key(recipe.unet.fit.seed), i) for i in range(num_images // ENCODE_BATCH))
+    keys = (jax.random.fold_in(from_seed(recipe.unet.fit.seed), i) for i in range(num_images // ENCODE_BATCH))
     pixels = np.concatenate([np.asarray(draw(key)) for key in keys])
     mean, variance = data["mean"].mean((0, 1, 2)), data["mean"].var((0, 1, 2))
     variance = variance + np.exp(data["log_variance"]).mean((0, 1, 2))

@@ -11,6 +11,7 @@ from tqdm import trange
 from megjax.configs import require
 from megjax.data import scenes
 from megjax.diffusion.pipeline import StableDiffusion
+from megjax.keys import from_seed
 from megjax.ldm import stages
 from megjax.ldm.fitting import captions_of
 from megjax.metrics import SceneNet, bootstrap_interval, feature_statistics, frechet_distance, psnr
@@ -46,7 +47,7 @@ def measure(
     look: Callable = jax.jit(lambda images: (lambda f, logits: (f, labels_from_logits(logits)))(*scenenet(images)))
     describe = jax.jit(lambda drawn: (jax.vmap(scenes.labels)(drawn), jax.vmap(scenes.mentioned)(drawn)))
     compare = jax.jit(jax.vmap(psnr))
-    scene_key, image_key = jax.random.split(jax.random.key(seed))
+    scene_key, image_key = jax.random.split(from_seed(seed))
     rows: dict[str, list[Array]] = {}
     for i in trange(num // batch, desc="quality", unit_scale=batch):
         drawn, real = draw(jax.random.fold_in(scene_key, i))

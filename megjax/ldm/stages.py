@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 from megjax.data import scenes
 from megjax.diffusion.schedules import add_noise, velocity
 from megjax.diffusion.vae import AutoencoderKL
+from megjax.keys import threefry
 from megjax.metrics import scenenet
 
 KL_WEIGHT = 3e-5
@@ -24,7 +25,7 @@ def draw_scenes(
     key: Key[Array, ""], batch: int, image_size: int, split: str = "train"
 ) -> tuple[scenes.Scene, Float[Array, "b s s 3"]]:
     """A batch of scenes and their pictures in [0, 1]."""
-    scene_key, render_key = jax.random.split(key)
+    scene_key, render_key = jax.random.split(threefry(key))
     drawn = jax.vmap(lambda k: scenes.sample_scene(k, split))(jax.random.split(scene_key, batch))
     render = jax.vmap(lambda k, scene: scenes.render(k, scene, image_size))
     return drawn, render(jax.random.split(render_key, batch), drawn)
@@ -35,7 +36,7 @@ def vae_loss(graph: nnx.GraphDef, batch: int, image_size: int) -> Callable:
 
     def loss_fn(params, data, key):
         del data
-        draw_key, noise_key = jax.random.split(key)
+        draw_key, noise_key = jax.random.split(threefry(key))
         _, images = draw_scenes(draw_key, batch, image_size)
         images = 2.0 * images - 1.0
         vae: AutoencoderKL = nnx.merge(graph, params)
@@ -58,7 +59,7 @@ def scenenet_loss(graph: nnx.GraphDef, batch: int, image_size: int) -> Callable:
 
     def loss_fn(params, data, key):
         del data
-        train_key, held_out_key, level_key, noise_key = jax.random.split(key, 4)
+        train_key, held_out_key, level_key, noise_key = jax.random.split(threefry(key), 4)
         halves = (
             draw_scenes(train_key, batch - batch // 2, image_size),
             draw_scenes(held_out_key, batch // 2, image_size, "held_out"),
@@ -91,7 +92,7 @@ def unet_loss(
     """
 
     def loss_fn(params, data, key):
-        keys = jax.random.split(key, 6)
+        keys = jax.random.split(threefry(key), 6)
         count, phrasings = data["ids"].shape[:2]
         rows = jax.random.randint(keys[0], (batch,), 0, count, jnp.int32)
         ids = data["ids"][rows, jax.random.randint(keys[1], (batch,), 0, phrasings, jnp.int32)].astype(jnp.int32)

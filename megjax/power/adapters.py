@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from megjax.configs import require, require_count
+from megjax.keys import from_seed
 from megjax.power.environment import EnvParams, EnvState, PowerControl, share_of_offset
 from megjax.units import linear_to_db
 
@@ -126,7 +127,7 @@ class _Keys:
     """A key for every episode from one number of Gymnasium's generator."""
 
     def __init__(self, rng: np.random.Generator):
-        self.key, self.count = jax.random.key(int(rng.integers(2**31))), 0
+        self.key, self.count = from_seed(int(rng.integers(2**31))), 0
 
     def draw(self) -> Key[Array, ""]:
         self.count += 1

@@ -18,6 +18,7 @@ from jaxtyping import Array, ArrayLike, Complex, Float, Int, Key, UInt32
 from megjax.channel import Fading, ImperfectCSI, RayleighFading, effective_noise_var
 from megjax.channel.numerics import safe_sqrt, squared_magnitude
 from megjax.configs import require
+from megjax.keys import THREEFRY, threefry
 from megjax.power.laws import GainLaw, LoadTable, gain_law, load_table, mean_error, static_power
 from megjax.power.problem import Problem, check_num_blocks, check_powers, check_weights
 from megjax.units import check_snr_db, db_to_linear, linear_to_db
@@ -41,6 +42,7 @@ class Box(NamedTuple):
 
     def sample(self, key: Key[Array, ""]) -> Array:
         """A point of the box, uniform where it is bounded and standard normal where not."""
+        key = threefry(key)
         if math.isinf(self.high) or math.isinf(self.low):
             return jax.random.normal(key, self.shape, self.dtype)
         return jax.random.uniform(key, self.shape, self.dtype, self.low, self.high)
@@ -169,7 +171,7 @@ class PowerControl:
 
     def begin(self, key: Key[Array, ""], params: EnvParams) -> Episode:
         """Draw an episode: SNR, weights, gains, and the plan for them."""
-        snr_key, kind_key, spread_key, gain_key, quality_key = jax.random.split(key, 5)
+        snr_key, kind_key, spread_key, gain_key, quality_key = jax.random.split(threefry(key), 5)
         snr_db = jax.random.uniform(snr_key, (), jnp.float32, params.min_snr_db, params.max_snr_db)
         kinds, levels, _ = params.weights.shape
         weights = params.weights[jax.random.randint(kind_key, (), 0, kinds, jnp.int32) if kinds > 1 else 0]
@@ -247,7 +249,7 @@ class PowerControl:
     def final_reward(self, state: EnvState) -> Float[Array, ""]:
         """`quality` of a finished episode."""
         episode = state.episode
-        key = jax.random.wrap_key_data(episode.key)
+        key = jax.random.wrap_key_data(episode.key, impl=THREEFRY)
         return self.quality(key, episode.gains, state.power, linear_to_db(episode.problem.snr))
 
     def observe(self, state: EnvState) -> Float[Array, " o"]:

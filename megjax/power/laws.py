@@ -18,6 +18,7 @@ from megjax.channel import (
     RicianFading,
 )
 from megjax.channel.numerics import bisect, cubic_interpolation, squared_magnitude, with_gradient_of
+from megjax.keys import from_seed
 from megjax.power.problem import check_num_blocks
 from megjax.precision import exact_matmul
 
@@ -71,7 +72,7 @@ def gain_law(fading: Fading, num_blocks: int = 16) -> GainLaw:
 
 
 def _sampled(fading: Fading, num_blocks: int) -> GainLaw:
-    keys = jax.random.split(jax.random.key(0), -(-_SAMPLES // num_blocks))
+    keys = jax.random.split(from_seed(0), -(-_SAMPLES // num_blocks))
     sample = jax.jit(jax.vmap(lambda key: squared_magnitude(fading.sample(key, num_blocks))))
     gains = np.sort(np.asarray(sample(keys)).reshape(-1)[:_SAMPLES])
     nodes = gains.reshape(_SAMPLE_NODES, -1).mean(1)

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from megjax.configs import require, require_positive_integers
+from megjax.keys import threefry
 from megjax.power.actor_critic import ActorCritic, ActorCriticConfig, LearnedPower
 from megjax.power.environment import EnvParams, EnvState, Episode, PowerControl, observation, share_of_offset
 from megjax.precision import exact_matmul
@@ -120,7 +121,7 @@ class PPO:
 
     def init(self, key: Key[Array, ""], hyper: Hyperparameters = DEFAULTS) -> TrainState:
         """The state before the first update."""
-        key, network_key = jax.random.split(key)
+        key, network_key = jax.random.split(threefry(key))
         params = nnx.split(ActorCritic(self.network, nnx.Rngs(network_key)))[1]
         size = self.env.observation_space().shape[0]
         moments = Moments(jnp.zeros(size, jnp.float32), jnp.ones(size, jnp.float32), jnp.float32(0))

@@ -11,6 +11,7 @@ from jaxtyping import ArrayLike, Float
 
 from megjax.channel import Fading, RayleighFading
 from megjax.configs import require
+from megjax.keys import from_seed
 from megjax.power.actor_critic import LearnedPower
 from megjax.power.environment import EnvParams, PowerControl
 from megjax.power.ppo import PPO, Hyperparameters, PPOConfig, TrainState
@@ -74,7 +75,7 @@ def train_power(
     Raises ValueError if `folder` holds a run of another recipe, or weights, or `start` is for another environment.
     """
     ppo = PPO(recipe.ppo, env)
-    state = jax.jit(ppo.init)(jax.random.key(recipe.seed), recipe.hyper)
+    state = jax.jit(ppo.init)(from_seed(recipe.seed), recipe.hyper)
     if start is not None:
         state = ppo.start_from(state, start)
     state = shared(state)

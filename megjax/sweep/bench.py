@@ -22,6 +22,7 @@ from megjax.data.latents import generate, model_digest, scene_captions
 from megjax.diffusion import generation
 from megjax.diffusion.layout import locate
 from megjax.diffusion.pipeline import StableDiffusion
+from megjax.keys import from_seed
 from megjax.metrics import Inception, SceneNet
 from megjax.sweep.config import (
     LATENT_METRICS,
@@ -105,7 +106,7 @@ class Bench:
     @property
     def key(self):
         """Of the link: it depends on the seed only."""
-        return jax.random.key(self.seed)
+        return from_seed(self.seed)
 
     @functools.cached_property
     def ids(self) -> np.ndarray:
@@ -150,8 +151,8 @@ class Bench:
     def _renders(self, split: str, num: int) -> np.ndarray:
         """Pictures of the scenes that the captions of a split describe, [n H W 3]."""
         size = self.pipe.image_size[0]
-        key = jax.random.key(self.seed + 1 if split == "held_out" else 0)
-        render_key = jax.random.fold_in(jax.random.key(self.seed), RENDER_KEY)
+        key = from_seed(self.seed + 1 if split == "held_out" else 0)
+        render_key = jax.random.fold_in(from_seed(self.seed), RENDER_KEY)
 
         @jax.jit
         def draw(numbers):
@@ -167,7 +168,7 @@ class Bench:
         training = self._renders("train", IMAGE_CODEC_SCENES)
         shape = self.pipe.latent_shape()
         budget = float(num_symbols("latent", (), shape)) if mode == "equal_energy" else None
-        key = jax.random.fold_in(jax.random.key(self.seed), TABLE_KEY)
+        key = jax.random.fold_in(from_seed(self.seed), TABLE_KEY)
         return fit_image_codec(key, training, find_fading(fading), self.config.snr_db, budget, self.config.num_blocks)
 
     def check(self, point: Point) -> None:
@@ -318,7 +319,7 @@ def generate_partial(pipe: StableDiffusion, texts: list[str], seed: int, config:
         mine = texts[index * shard : (index + 1) * shard]
         mine = [*mine, *[mine[-1]] * (shard - len(mine))]
         negative = np.repeat(pipe.tokenize([""]), shard, axis=0) if guided else None
-        key = jax.random.fold_in(jax.random.key(seed), index)
+        key = jax.random.fold_in(from_seed(seed), index)
         options = {"negative_ids": negative, "guidance_scale": jnp.float32(config.guidance)}
         parts.append(np.asarray(denoise(pipe.params, table, key, pipe.tokenize(mine), **options)))
     return np.concatenate(parts)[: config.num_images]

@@ -17,7 +17,7 @@ from megjax.codec.network import SeedNetwork
 from megjax.codec.schemes import KLTScheme, LearnedScheme, RawScheme, Scheme
 from megjax.configs import require, require_count, require_number
 from megjax.diffusion.pipeline import StableDiffusion
-from megjax.keys import as_key
+from megjax.keys import as_key, from_seed
 from megjax.power import EqualPower, Policy, make_policy
 from megjax.system import simulator as simulators
 from megjax.system.image_codec import CodedImageLink, ImageCodecTable
@@ -320,7 +320,7 @@ class _Parts:
             require(
                 latents is not None, "codec", self.codec, "a SeedCodec with validation latents, or give seed_errors"
             )
-            errors = fit_seed_errors(jax.random.key(0), code, way, latents, fading, WEIGHT_GRID_DB)
+            errors = fit_seed_errors(from_seed(0), code, way, latents, fading, WEIGHT_GRID_DB)
         return SeedSplitLink(way, self.pipe.latent_shape(), device_steps), SeedSplit(as_pytree(code), errors)
 
     def _needs_codec(self, scheme: str, variant: str) -> SeedCodec:

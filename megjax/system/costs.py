@@ -13,6 +13,7 @@ from jaxtyping import Array, PyTree
 from megjax.configs import require
 from megjax.cost import cost_of, nominal_flops
 from megjax.diffusion import generation
+from megjax.keys import from_seed
 from megjax.system.links import Source
 from megjax.system.simulator import Simulator
 
@@ -103,7 +104,7 @@ def measure_work(simulator: Simulator, ids: Array | np.ndarray, known: Work | No
     blocks = simulator.link.num_blocks
 
     def receive(params, payload, shared, gains, power, noise_var):
-        return simulator.link.transmit(params["codec"], jax.random.key(0), payload, shared, gains, power, noise_var)
+        return simulator.link.transmit(params["codec"], from_seed(0), payload, shared, gains, power, noise_var)
 
     link = jax.ShapeDtypeStruct((blocks,), jnp.complex64), jax.ShapeDtypeStruct((blocks,), jnp.float32), level
     received = jax.eval_shape(receive, params, payload, coded.shared, *link)

@@ -14,6 +14,7 @@ from PIL import Image
 from megjax.channel import Fading
 from megjax.channel.numerics import squared_magnitude
 from megjax.configs import require
+from megjax.keys import threefry
 from megjax.power.problem import check_num_blocks
 from megjax.system.links import Code, Source, mean_power
 from megjax.units import check_snr_db, db_to_linear, linear_to_db
@@ -78,7 +79,7 @@ def outage_table(key: Key[Array, ""], fading: Fading, num_blocks: int, draws: in
         snr = db_to_linear(jnp.asarray(_GRID_DB, jnp.float32))
         return jnp.mean(jnp.log2(1 + snr[:, None] * gains[None]), axis=1)
 
-    drawn = np.sort(np.asarray(jax.jit(jax.vmap(capacities))(jax.random.split(key, draws))), axis=0)
+    drawn = np.sort(np.asarray(jax.jit(jax.vmap(capacities))(jax.random.split(threefry(key), draws))), axis=0)
     return np.stack([np.searchsorted(column, _RATES, side="left") for column in drawn.T]) / draws
 
 

@@ -13,6 +13,7 @@ from megjax.codec import SeedCodec, SeedNetwork, link
 from megjax.configs import require
 from megjax.diffusion import generation
 from megjax.diffusion.pipeline import StableDiffusion
+from megjax.keys import threefry
 from megjax.metrics import psnr
 from megjax.units import db_to_linear
 
@@ -39,7 +40,7 @@ def image_quality(
     originals = jnp.concatenate([pipe.decode(latents[i : i + 100]) for i in range(0, len(latents), 100)])
 
     def quality(key, gains, power, snr_db):
-        image_key, noise_key = jax.random.split(key)
+        image_key, noise_key = jax.random.split(threefry(key))
         index = jax.random.randint(image_key, (), 0, len(latents), jnp.int32)
         spending = link.spending(network.spend(snr_db, num_symbols), num_symbols, gains.shape[0], mapping)
         values = network.encode(latents[index][None], snr_db, num_symbols)[0]

@@ -24,6 +24,7 @@ from megjax.diffusion.generation import Graphs
 from megjax.diffusion.refine import refine
 from megjax.diffusion.samplers import Sampler
 from megjax.diffusion.scheduler_config import SchedulerConfig
+from megjax.keys import threefry
 from megjax.power import Problem
 from megjax.system.links import Code, Link, Source
 from megjax.units import linear_to_db, noise_var_from_snr_db
@@ -104,7 +105,7 @@ class Simulator:
         A guided simulator needs `negative_ids`; `make_simulator` leaves those of the empty prompt in
         `params["negative_ids"]`.
         """
-        image_key, link_key = jax.random.split(key)
+        image_key, link_key = jax.random.split(threefry(key))
         source = self.infer(image_key, params, ids, negative_ids, guidance_scale)
         images, draws = jnp.arange(len(source.latents)), jnp.arange(realisations)
         options = {"negative_ids": negative_ids, "guidance_scale": guidance_scale}

@@ -14,6 +14,7 @@ from megjax.channel import Fading, equalize_lmmse, post_equalisation_snr, symbol
 from megjax.channel.numerics import squared_magnitude
 from megjax.codec.schemes import Scheme, realisation_keys
 from megjax.configs import require, require_count
+from megjax.keys import threefry
 from megjax.system.links import AnalogLink, Code, Noisy, Source, from_blocks, mean_power, to_blocks
 from megjax.units import db_to_linear
 
@@ -78,7 +79,9 @@ class SplitLink:
     def transmit(self, params, key, payload, shared, gains, power, noise_var) -> Noisy:
         """As in `Link`."""
         # `jax.random.rademacher` would draw 64-bit numbers in 64-bit mode, whatever its result's type.
-        heads = jax.random.bernoulli(jax.random.fold_in(key, _NOISE_STREAM), jnp.float32(0.5), (self.num_symbols,))
+        heads = jax.random.bernoulli(
+            jax.random.fold_in(threefry(key), _NOISE_STREAM), jnp.float32(0.5), (self.num_symbols,)
+        )
         signs = jnp.where(heads, jnp.float32(1), jnp.float32(-1))
         received = transmit(key, to_blocks(spread(payload, signs), self.num_blocks), gains, power, noise_var)
         estimate = from_blocks(equalize_lmmse(received, gains, power, noise_var), self.num_symbols)
@@ -209,7 +212,7 @@ class SeedSplitLink:
 
     def transmit(self, params, key, payload, shared, gains, power, noise_var) -> PyTree:
         """As in `Link`: what the seed's receiver has, s, and w."""
-        noise = jax.random.normal(jax.random.fold_in(key, _NOISE_STREAM), self.latent_shape, jnp.float32)
+        noise = jax.random.normal(jax.random.fold_in(threefry(key), _NOISE_STREAM), self.latent_shape, jnp.float32)
         received = self.analog.transmit(params.codec, key, payload, shared, gains, power, noise_var)
         error = params.errors.at(shared[1], post_equalisation_snr(gains, power, noise_var))
         return received, self.renoise * error, noise
@@ -245,7 +248,7 @@ class PromptLink:
 
     def transmit(self, params, key, payload, shared, gains, power, noise_var) -> Noisy:
         """As in `Link`: noise of the device's own."""
-        noise = jax.random.normal(jax.random.fold_in(key, _NOISE_STREAM), self.latent_shape, jnp.float32)
+        noise = jax.random.normal(jax.random.fold_in(threefry(key), _NOISE_STREAM), self.latent_shape, jnp.float32)
         return Noisy(noise, jnp.zeros((), jnp.float32))
 
     def decode(self, params: Any, received: Noisy, shared: PyTree) -> Noisy:
