@@ -56,6 +56,7 @@ def draw_images(key):
     return noise_keys, samplers._draw(step_keys, 3, (2, 4)), scenes.render(key, scenes.sample_scene(key), 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [draw_link, draw_codec, draw_system, draw_images])
 @pytest.mark.parametrize("impl", GENERATORS)
 def test_draws_under_vmap_are_those_of_each_key_alone(impl, draw):
@@ -86,7 +87,7 @@ def test_an_episode_that_is_rewarded_by_quality(impl):
     def play(key):
         _, state = env.reset(key, params)
         for _ in range(2):
-            _, state, reward, _, _ = env.step_env(state, jnp.float32(0.5))
+            _, state, reward, _, _ = env.step_env(None, state, jnp.float32(0.5), params)
         return reward
 
     keys = jax.random.split(jax.random.key(2, impl=impl), 3)

@@ -122,8 +122,10 @@ class Loop:
             block = envs.block
             share = share_of_offset(envs.episode.features.share[block], action)
             if self.every_step:
-                return env.step(key, envs, share, params)
-            return env.step_env(envs, share)
+                obs, envs, reward, done, *_ = env.step(key, envs, share, params)
+            else:
+                obs, envs, reward, done, _ = env.step_env(key, envs, share, params)
+            return obs, envs, reward, done
 
         def step(carry, key):
             envs, obs = carry
@@ -131,7 +133,7 @@ class Loop:
             mean, log_std, value = model(obs)
             action = mean + jnp.exp(log_std) * jax.random.normal(action_key, mean.shape)
             keys = jax.random.split(env_key, self.num_envs)
-            after_obs, envs, reward, done, _ = jax.vmap(advance)(keys, envs, action)
+            after_obs, envs, reward, done = jax.vmap(advance)(keys, envs, action)
             taken = Transition(obs, action, log_density(action, mean, log_std), value, reward, done)
             return (envs, after_obs), taken
 

@@ -180,7 +180,9 @@ def _megjax(
     """`fn(key, *row)` of every realisation in one program, `piece` at a time; `whole`: partitionable Threefry."""
 
     def everything(key, data):
-        keys = fold_in_each(key, jnp.arange(batch, dtype=jnp.uint32))
+        index = jnp.arange(batch, dtype=jnp.uint32)
+        # `fold_in_each` makes keys of other generators Threefry's.
+        keys = fold_in_each(key, index) if impl is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
         if piece is None:
             return jax.vmap(fn)(keys, *data)
         return jax.lax.map(lambda row: fn(*row), (keys, *data), batch_size=piece)

@@ -120,7 +120,7 @@ def rollouts(env: PowerControl, params: EnvParams, batch: int) -> list[Contender
 
         def block(state, share):
             after, reward = env.advance(state, share)
-            return after, (env.observe(state), reward)
+            return after, (env.get_obs(state), reward)
 
         state = env.start(env.begin(begin_key, params))[1]
         return jax.lax.scan(block, state, jax.random.uniform(action_key, (env.num_blocks,)))[1]
@@ -131,7 +131,7 @@ def rollouts(env: PowerControl, params: EnvParams, batch: int) -> list[Contender
         def block(carry, key):
             obs, state = carry
             step_key, action_key = jax.random.split(key)
-            after_obs, after, reward, done, _ = env.step(step_key, state, jax.random.uniform(action_key), params)
+            after_obs, after, reward, done, *_ = env.step(step_key, state, jax.random.uniform(action_key), params)
             return (after_obs, after), (obs, reward, done)
 
         steps = jax.random.split(steps_key, env.num_blocks)

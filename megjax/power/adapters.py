@@ -67,19 +67,32 @@ class GymnasiumPowerControl(gymnasium.Env):
 class GymnasiumVectorPowerControl(gymnasium.vector.VectorEnv):
     """`num_envs` environments in one compiled program, with Gymnasium's vector interface and NumPy arrays.
 
-    Actions [n 1] are as in `GymnasiumPowerControl`. All episodes end together; the step that ends them returns the
-    first observations of new ones, with the last in `infos["final_obs"]` (autoreset mode SAME_STEP).
+    Actions [n 1] are as in `GymnasiumPowerControl`. All episodes end together, and `autoreset_mode` says what follows:
+
+    - SAME_STEP: the step that ends them returns the first observations of new ones, with the last in
+      `infos["final_obs"]`.
+    - NEXT_STEP: the step after it begins new ones, whatever the actions, with rewards of 0.
+    - DISABLED: the caller resets, all environments at once.
     """
 
-    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
-
-    def __init__(self, env: PowerControl, params: EnvParams, num_envs: int, seed: int = 0):
+    def __init__(
+        self,
+        env: PowerControl,
+        params: EnvParams,
+        num_envs: int,
+        seed: int = 0,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+    ):
         require_count("num_envs", num_envs)
+        known = {mode.value: mode for mode in AutoresetMode} | {mode.name: mode for mode in AutoresetMode}
+        mode = autoreset_mode if isinstance(autoreset_mode, AutoresetMode) else known.get(autoreset_mode)
+        require(mode is not None, "autoreset_mode", autoreset_mode, f"one of {[mode.name for mode in AutoresetMode]}")
+        self.metadata = {"render_modes": [], "autoreset_mode": mode}
         self.num_envs = num_envs
         self.single_observation_space, self.single_action_space = _spaces(env)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._params, self._state = params, None
+        self._mode, self._params, self._state, self._ended = mode, params, None, False
         self._reset = jax.jit(
             lambda key, params: jax.vmap(env.reset, (0, None))(jax.random.split(key, num_envs), params)
         )
@@ -90,8 +103,12 @@ class GymnasiumVectorPowerControl(gymnasium.vector.VectorEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Float[np.ndarray, "n o"], dict[str, Any]]:
-        """First observations of new episodes; ValueError for options, as there are none."""
-        require(not options, "options", options, "none")
+        """First observations of new episodes; ValueError for options other than a `reset_mask` of all environments."""
+        options = dict(options or {})
+        mask = np.asarray(options.pop("reset_mask", np.ones(self.num_envs, bool)))
+        whole = mask.shape == (self.num_envs,) and mask.dtype == bool and bool(mask.all())
+        require(whole, "options['reset_mask']", mask.tolist(), "true for all environments: their episodes end together")
+        require(not options, "options", options, "none but reset_mask")
         super().reset(seed=seed)
         if seed is not None:
             self._episodes = _Keys(self.np_random)
@@ -101,6 +118,10 @@ class GymnasiumVectorPowerControl(gymnasium.vector.VectorEnv):
         self, actions: np.ndarray
     ) -> tuple[Float[np.ndarray, "n o"], Float[np.ndarray, " n"], np.ndarray, np.ndarray, dict[str, Any]]:
         """Observations, rewards, terminations, truncations (never), infos; errors as in `GymnasiumPowerControl`."""
+        never = np.zeros(self.num_envs, bool)
+        if self._ended and self._mode is AutoresetMode.NEXT_STEP:
+            obs, infos = self._begin()
+            return obs, np.zeros(self.num_envs, np.float32), never.copy(), never, infos
         if self._state is None:
             raise gymnasium.error.ResetNeeded("episodes begin with reset()")
         state = self._state
@@ -108,18 +129,22 @@ class GymnasiumVectorPowerControl(gymnasium.vector.VectorEnv):
         obs, rewards, done = np.array(obs), np.array(rewards), np.array(done)
         infos = {"power": np.asarray(power), "snr_db": _snr_db(state)}
         infos |= {f"_{name}": np.ones(self.num_envs, bool) for name in infos}
-        if done[0]:
+        self._ended = bool(done[0])
+        if not self._ended:
+            self._state = after._replace(episode=state.episode)
+        elif self._mode is AutoresetMode.SAME_STEP:
             last = np.empty(self.num_envs, object)
             last[:] = list(obs)
             obs, fresh = self._begin()
             ended = {"final_obs": last, "_final_obs": done.copy(), "final_info": infos, "_final_info": done.copy()}
             infos = fresh | ended
         else:
-            self._state = after._replace(episode=state.episode)
-        return obs, rewards, done, np.zeros(self.num_envs, bool), infos
+            self._state = None
+        return obs, rewards, done, never, infos
 
     def _begin(self) -> tuple[Float[np.ndarray, "n o"], dict[str, Any]]:
         obs, self._state = self._reset(self._episodes.draw(), self._params)
+        self._ended = False
         return np.array(obs), {"snr_db": _snr_db(self._state), "_snr_db": np.ones(self.num_envs, bool)}
 
 
@@ -145,7 +170,7 @@ def _step(env: PowerControl, state: EnvState, action: Float[Array, ""]):
     """Observation, state without its episode (which stays as it is), reward, done, power."""
     block = state.block
     share = share_of_offset(state.episode.features.share[block], action)
-    obs, after, reward, done, _ = env.step_env(state, share)
+    obs, after, reward, done, _ = env.step_env(None, state, share, None)
     return obs, after._replace(episode=()), reward, done, after.power[block]
 
 

@@ -1,4 +1,4 @@
-"""Power control as an environment with gymnax's protocol, pure JAX: one episode is one image over T fading blocks.
+"""Power control as an environment with gymnax 1.0's protocol, pure JAX: one episode is one image over T fading blocks.
 
 The state holds the whole realisation, drawn at reset, so correlated and imperfectly known gains cost nothing extra;
 the observation is what the transmitter knows. Protocol: R. T. Lange, "gymnax: A JAX-based reinforcement learning
@@ -8,12 +8,12 @@ environment library", 2022 (static environment, swept parameters, functional sta
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Complex, Float, Int, Key, UInt32
+from jaxtyping import Array, ArrayLike, Bool, Complex, Float, Int, Key, UInt32
 
 from megjax.channel import Fading, ImperfectCSI, RayleighFading, effective_noise_var
 from megjax.channel.numerics import safe_sqrt, squared_magnitude
@@ -120,7 +120,7 @@ class PowerControl:
 
     @property
     def name(self) -> str:
-        """As in gymnax."""
+        """Name of the environment."""
         return "PowerControl"
 
     @property
@@ -199,32 +199,67 @@ class PowerControl:
         words = jax.random.key_data(quality_key)
         return Episode(words, problem, plan, scale, gains, known, received, error_var, features)
 
-    def reset(self, key: Key[Array, ""], params: EnvParams) -> tuple[Float[Array, " o"], EnvState]:
-        """First observation and state of a new episode."""
+    def reset(self, key: Key[Array, ""], params: EnvParams | None = None) -> tuple[Float[Array, " o"], EnvState]:
+        """First observation and state of a new episode; `params` are `default_params` if not given."""
+        return self.reset_env(key, self._given(params))
+
+    def reset_env(self, key: Key[Array, ""], params: EnvParams) -> tuple[Float[Array, " o"], EnvState]:
+        """As `reset`, with parameters."""
         return self.start(self.begin(key, params))
 
     def start(self, episode: Episode) -> tuple[Float[Array, " o"], EnvState]:
         """Observation and state before the first block of an episode."""
         energy = jnp.asarray(episode.problem.energy, jnp.float32)
         state = EnvState(episode, jnp.int32(0), energy, jnp.zeros(self.num_blocks, jnp.float32))
-        return self.observe(state), state
+        return self.get_obs(state), state
 
     def step(
-        self, key: Key[Array, ""], state: EnvState, action: Float[ArrayLike, "*a"], params: EnvParams
-    ) -> tuple[Float[Array, " o"], EnvState, Float[Array, ""], Array, dict]:
-        """Observation, state, reward, done, info; a finished episode is followed by a new one, as in gymnax."""
-        obs, after, reward, done, info = self.step_env(state, action)
-        fresh_obs, fresh = self.reset(key, params)
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(done, a, b), new, old)  # noqa: E731
-        return keep(fresh_obs, obs), keep(fresh, after), reward, done, info
+        self,
+        key: Key[Array, ""],
+        state: EnvState,
+        action: Float[ArrayLike, "*a"],
+        params: EnvParams | None = None,
+    ) -> tuple[Float[Array, " o"], EnvState, Float[Array, ""], Bool[Array, ""], Bool[Array, ""], dict[str, Array]]:
+        """Observation, state, reward, terminated, truncated (never), info.
 
-    def step_env(self, state: EnvState, action: Float[ArrayLike, "*a"]):
-        """As `step`, without the new episode."""
+        A finished episode is followed by a new one, whose first observation is returned; the last one of the old is
+        `info["final_observation"]`.
+        """
+        params = self._given(params)
+        step_key, reset_key = jax.random.split(threefry(key))
+        last, after, reward, terminated, info = self.step_env(step_key, state, action, params)
+        first, fresh = self.reset_env(reset_key, params)
+        obs, after = jax.tree.map(lambda new, old: jnp.where(terminated, new, old), (first, fresh), (last, after))
+        truncated = self.is_truncated(after, params)
+        info |= {"terminated": terminated, "truncated": truncated, "final_observation": last}
+        return obs, after, reward, terminated, truncated, info
+
+    def step_env(
+        self, key: Key[Array, ""] | None, state: EnvState, action: Float[ArrayLike, "*a"], params: EnvParams | None
+    ) -> tuple[Float[Array, " o"], EnvState, Float[Array, ""], Bool[Array, ""], dict[str, Array]]:
+        """Observation, state, reward, terminated, info, without the new episode; key and parameters are not needed."""
+        del key, params
         after, reward = self.advance(state, jnp.reshape(jnp.asarray(action, jnp.float32), ()))
-        done = after.block >= self.num_blocks
+        terminated = self.is_terminated(after)
         if self.quality is not None:
-            reward = jax.lax.cond(done, self.final_reward, lambda _: jnp.float32(0), after)
-        return self.observe(after), after, reward, done, {"discount": jnp.where(done, 0.0, 1.0)}
+            reward = jax.lax.cond(terminated, self.final_reward, lambda _: jnp.float32(0), after)
+        return self.get_obs(after), after, reward, terminated, {"discount": jnp.where(terminated, 0.0, 1.0)}
+
+    def is_terminated(self, state: EnvState, params: EnvParams | None = None) -> Bool[Array, ""]:
+        """Whether all blocks are sent."""
+        del params
+        return state.block >= self.num_blocks
+
+    def is_truncated(self, state: EnvState, params: EnvParams | None = None) -> Bool[Array, ""]:
+        """False: an episode ends with its last block and never before."""
+        del state, params
+        return jnp.bool_(False)
+
+    def _given(self, params: EnvParams | None) -> EnvParams:
+        if params is not None:
+            return params
+        with jax.ensure_compile_time_eval():
+            return self.default_params
 
     def advance(self, state: EnvState, share: Float[Array, ""]) -> tuple[EnvState, Float[Array, ""]]:
         """State after a block that spends this share of the energy left, and its -w_t / (1 + gamma_t)."""
@@ -252,7 +287,14 @@ class PowerControl:
         key = jax.random.wrap_key_data(episode.key, impl=THREEFRY)
         return self.quality(key, episode.gains, state.power, linear_to_db(episode.problem.snr))
 
-    def observe(self, state: EnvState) -> Float[Array, " o"]:
+    def observe(
+        self, key: Key[Array, ""] | None, state: EnvState, action: Any = None, params: EnvParams | None = None
+    ) -> Float[Array, " o"]:
+        """`get_obs` of a state, as gymnax asks for it."""
+        del key, action, params
+        return self.get_obs(state)
+
+    def get_obs(self, state: EnvState) -> Float[Array, " o"]:
         """Features of what is known before the current block; see `episode_features` and `observation`."""
         block = jnp.minimum(state.block, self.num_blocks - 1)
         row = jax.tree.map(lambda x: x[block], state.episode.features)
@@ -264,7 +306,7 @@ class PowerControl:
         return Box(0.0, 1.0, (1,))
 
     def observation_space(self, params: EnvParams | None = None) -> Box:
-        """Of `observation`."""
+        """The numbers of `observation`, unbounded."""
         del params
         return Box(-math.inf, math.inf, (observation_size(self.num_blocks, self.history),))
 

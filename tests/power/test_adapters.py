@@ -116,7 +116,7 @@ def test_vector_of_environments_is_the_environment(vector):
     first = obs
     rng = np.random.default_rng(0)
     states = jax.jit(jax.vmap(ENV.reset, (0, None)))(vector_keys(vector), make_params())[1]
-    step = jax.jit(jax.vmap(ENV.step_env))
+    step = jax.jit(jax.vmap(lambda state, share: ENV.step_env(None, state, share, None)))
     for t in range(T):
         actions = rng.standard_normal((3, 1)).astype(np.float32)
         obs, rewards, terminations, truncations, infos = vector.step(actions)
@@ -142,19 +142,72 @@ def vector_keys(vector):
     return jax.random.split(jax.random.fold_in(vector._episodes.key, vector._episodes.count), 3)
 
 
-def test_vector_says_how_it_resets(vector):
-    assert vector.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
-    assert vector.action_space.shape == (3, 1) and vector.single_action_space.shape == (1,)
-    vector.reset(seed=0)
-    wrapped = gymnasium.wrappers.vector.RecordEpisodeStatistics(vector)
-    wrapped.reset(seed=0)
-    total = np.zeros(3)
-    for _ in range(T):
-        _, rewards, _, _, infos = wrapped.step(np.zeros((3, 1), np.float32))
-        total += rewards
-    statistics = infos.get("episode") or infos["final_info"]["episode"]
-    assert statistics["r"] == pytest.approx(total, rel=1e-5)
-    assert (statistics["l"] == T).all()
+@pytest.mark.parametrize("mode", [mode.name for mode in AutoresetMode])
+def test_gymnasium_wrappers_in_every_autoreset_mode(mode):
+    env = GymnasiumVectorPowerControl(ENV, make_params(), 3, autoreset_mode=mode)
+    assert env.metadata["autoreset_mode"] is AutoresetMode[mode]
+    assert env.action_space.shape == (3, 1) and env.single_action_space.shape == (1,)
+    wrapped = gymnasium.wrappers.vector.RecordEpisodeStatistics(gymnasium.wrappers.vector.ClipAction(env))
+    if mode == "NEXT_STEP":
+        wrapped = gymnasium.wrappers.vector.NormalizeObservation(wrapped)
+    actions = np.zeros((3, 1), np.float32)
+    for _ in range(2):
+        wrapped.reset(seed=0)
+        total = np.zeros(3)
+        for t in range(T):
+            _, rewards, terminations, _, infos = wrapped.step(actions)
+            total += rewards
+            assert terminations.all() == (t == T - 1)
+        statistics = infos.get("episode") or infos["final_info"]["episode"]
+        assert statistics["r"] == pytest.approx(total, rel=1e-5)
+        assert (statistics["l"] == T).all()
+    if mode == "DISABLED":
+        with pytest.raises(gymnasium.error.ResetNeeded):
+            wrapped.step(actions)
+        with pytest.raises(ValueError, match="reset_mask"):
+            env.reset(options={"reset_mask": np.array([True, False, True])})
+        first, _ = wrapped.reset(seed=0, options={"reset_mask": np.ones(3, bool)})
+    else:
+        first, rewards, terminations, _, _ = wrapped.step(actions)
+        assert not terminations.any() and (rewards == 0).all() == (mode == "NEXT_STEP")
+    assert np.isfinite(first).all()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_gymnax_wrappers():
+    """LogWrapper, FlattenObservationWrapper, the dm_env wrapper, and the environment alone, with the real package."""
+    wrappers = pytest.importorskip("gymnax.wrappers", reason="holds JAX below 0.12")
+    params, keys = make_params(), jax.random.split(jax.random.key(3), T)
+    actions = jnp.array([[0.3], [0.2], [0.9], [0.1]])
+    alone = ENV.reset(keys[0], params)
+    logged = wrappers.LogWrapper(wrappers.FlattenObservationWrapper(ENV))
+    obs, state = logged.reset(keys[0], params)
+    stepped = wrappers.GymnaxToDmEnvWrapper(ENV)
+    at = stepped.reset(keys[0], params)
+    total = 0.0
+    for key, action in zip(keys, actions, strict=True):
+        obs, state, reward, terminated, truncated, info = logged.step(key, state, action, params)
+        alone = jax.jit(ENV.step)(key, alone[1], action, params)
+        at = stepped.step(key, at, action, params)
+        total += float(reward)
+        np.testing.assert_allclose(obs, alone[0], rtol=1e-5)
+        np.testing.assert_allclose(at.observation, obs, rtol=1e-5)
+        assert not truncated and float(at.discount) == 1 - terminated
+    assert terminated and info["terminated"] and not info["truncated"] and info["returned_episode"]
+    assert float(info["returned_episode_returns"]) == pytest.approx(total, rel=1e-5)
+    assert int(info["returned_episode_lengths"]) == T
+    fresh, _ = ENV.reset(jax.random.split(keys[-1])[1], params)
+    np.testing.assert_allclose(obs, fresh, rtol=1e-5)
+    assert not np.allclose(info["final_observation"], obs)
+    assert float(alone[1].energy) == float(alone[1].episode.problem.energy)
+
+
+def test_parameters_are_optional_as_in_gymnax():
+    obs, state = jax.jit(ENV.reset)(jax.random.key(0))
+    after = jax.jit(ENV.step)(jax.random.key(1), state, jnp.float32(0.5))
+    assert obs.shape == after[0].shape == ENV.observation_space().shape
+    np.testing.assert_array_equal(ENV.observe(jax.random.key(2), state), obs)
 
 
 def test_bad_use_is_told(single, vector):
@@ -176,11 +229,36 @@ def test_bad_use_is_told(single, vector):
         single.reset(options={"snr_db": 3})
     with pytest.raises(ValueError, match="num_envs"):
         GymnasiumVectorPowerControl(ENV, make_params(), 0)
+    with pytest.raises(ValueError, match="autoreset_mode is 'later'; it must be one of .*NEXT_STEP"):
+        GymnasiumVectorPowerControl(ENV, make_params(), 2, autoreset_mode="later")
+
+
+def test_stable_baselines3_monitors_it():
+    from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
+
+    from megjax.power.stable_baselines import StableBaselinesPowerControl
+
+    env = StableBaselinesPowerControl(ENV, make_params(), 2)
+    wrapped = VecNormalize(VecMonitor(env), norm_reward=False)
+    wrapped.seed(5)
+    first = wrapped.reset()
+    assert first.shape == (2, ENV.observation_space().shape[0]) and env.reset_infos[0]["snr_db"] <= 10
+    total = np.zeros(2)
+    for _ in range(T):
+        obs, rewards, dones, infos = wrapped.step(np.zeros((2, 1), np.float32))
+        total += rewards
+    assert dones.all() and env.get_attr("num_envs") == [2, 2]
+    for i, info in enumerate(infos):
+        assert info["episode"]["r"] == pytest.approx(total[i], abs=1e-5) and info["episode"]["l"] == T
+        assert not info["TimeLimit.truncated"] and info["terminal_observation"].shape == obs[i].shape
+        assert not np.allclose(info["terminal_observation"], obs[i])
+    for refused in (lambda: env.set_attr("num_envs", 3), lambda: env.env_method("reset")):
+        with pytest.raises(NotImplementedError, match="one compiled program"):
+            refused()
 
 
 @pytest.mark.slow
 def test_stable_baselines3_trains_on_it():
-    pytest.importorskip("stable_baselines3", reason="an optional peer, see `make peers`")
     from eval.peers.sb3_power import make_agent
 
     agent = make_agent(ENV, make_params(), num_envs=8, num_steps=2 * T, epochs=2, minibatches=4, hidden=(8,))

@@ -47,7 +47,7 @@ def play_episode(reset, step, params, shares):
     obs, state = reset(jax.random.key(0), params)
     seen, rewards, dones, states = [obs], [], [], [state]
     for i, share in enumerate(shares):
-        obs, state, reward, done, _ = step(jax.random.key(100 + i), state, jnp.array([share], jnp.float32), params)
+        obs, state, reward, done, *_ = step(jax.random.key(100 + i), state, jnp.array([share], jnp.float32), params)
         seen.append(obs)
         rewards.append(float(reward))
         dones.append(bool(done))
