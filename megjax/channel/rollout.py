@@ -4,7 +4,7 @@ import functools
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,9 @@ def rollout(
     Realisation i gets the key `fold_in(key, i)`, where a key of another generator than Threefry is first made one of
     Threefry (`megjax.keys`): neither `chunk`, the number computed at a time, nor the number of devices changes what it
     draws; only the rounding of the sums depends on them. `fn` returns an array or a tree of arrays for one realisation.
-    It is vmapped, compiled once, and kept compiled for further calls with the same `fn` object; what varies between
-    calls goes into `args`, a tree of arrays or channel models.
+    It is vmapped, compiled once, and kept compiled for further calls with the same `fn` object as long as the globals
+    and attributes that it reads are the same; what varies between calls is better put into `args`, a tree of arrays or
+    channel models, which needs no new compilation. (What is inside a `jax.jit` of yours stays as JAX first saw it.)
 
     Args:
         num: realisations, at most 2^32 - 1.
@@ -68,9 +69,9 @@ def rollout(
         raise ValueError("devices is empty; it must name at least one device")
     share = -(-min(chunk, num) // len(devices))
     size = share * len(devices)
-    step = _compiled_step(fn, reduction, share, devices)
-    structure = _structure_of_parts(fn, reduction, key, args)
-    store = None if checkpoint is None else _Checkpoint(Path(checkpoint), _fingerprint(key, fn, args, reduction))
+    program, structure = _trace(fn, reduction, key, args)
+    step = _compiled_step(fn, reduction, share, devices, program)
+    store = None if checkpoint is None else _Checkpoint(Path(checkpoint), _fingerprint(program, key, args, reduction))
     # (realisations done, their sums): one variable, so that an interrupt finds them in step.
     state = (0, None) if store is None else store.load(structure)
     if state[0] > num:
@@ -131,10 +132,14 @@ def _check(key: Any, fn: Any, num: Any, chunk: Any, args: Any, reduction: Any) -
         raise ValueError(f"reduction is {reduction!r}; it must be Moments(), Histogram(...), Samples() or a Reduction")
 
 
-def _compiled_step(fn: Callable[..., Any], reduction: Reduction, share: int, devices: tuple) -> Callable[..., Any]:
-    """`_make_step`, kept for the next call with the same function, if that can be told."""
+def _compiled_step(fn: Callable, reduction: Reduction, share: int, devices: tuple, program: Any) -> Callable[..., Any]:
+    """`_make_step`, kept for the next call with the same function and the same traced program, if that can be told."""
+    constants = tuple(_constants(program))
+    # Arrays of JAX do not change, so that it is enough to know that they are the same objects.
+    held = tuple(_Same(value) for value in constants if isinstance(value, jax.Array))
+    digest = _digest(program, (value for value in constants if not isinstance(value, jax.Array)))
     try:
-        return _kept_step(fn, reduction, share, devices)
+        return _kept_step(fn, reduction, share, devices, digest, held)
     except TypeError as error:
         if "unhashable" not in str(error):
             raise
@@ -157,13 +162,34 @@ def _make_step(fn: Callable[..., Any], reduction: Reduction, share: int, devices
     return jax.jit(jax.shard_map(part, mesh=mesh, in_specs=(everywhere,) * 4, out_specs=split, check_vma=False))
 
 
-_kept_step = functools.lru_cache(maxsize=32)(_make_step)
+class _Same:
+    """A value that equals itself only."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
 
 
-def _structure_of_parts(fn: Callable[..., Any], reduction: Reduction, key: Key[Array, ""], args: tuple) -> Any:
-    """Tree structure of the reduction's parts; ValueError when `fn` does not return arrays."""
+@functools.lru_cache(maxsize=32)
+def _kept_step(fn, reduction, share: int, devices: tuple, digest: str, held: tuple) -> Callable[..., Any]:
+    """`_make_step` of a function whose program has this digest and these `_Same` arrays."""
+    del digest, held
+    return _make_step(fn, reduction, share, devices)
+
+
+def _trace(fn: Callable[..., Any], reduction: Reduction, key: Key[Array, ""], args: tuple) -> tuple[Any, Any]:
+    """`fn` as a program, and the tree structure of the reduction's parts; ValueError if it does not return arrays.
+
+    JAX keeps the programs of function objects; the new function makes it trace `fn` again, which may read globals and
+    attributes that have changed.
+    """
     try:
-        shapes = jax.eval_shape(fn, key, *args)
+        program, shapes = jax.make_jaxpr(lambda key, *args: fn(key, *args), return_shape=True)(key, *args)
     except TypeError as error:
         if "is not a valid JAX type" in str(error):
             raise ValueError(f"fn must return an array or a tree of arrays: {error}") from None
@@ -171,18 +197,22 @@ def _structure_of_parts(fn: Callable[..., Any], reduction: Reduction, key: Key[A
     if not jax.tree.leaves(shapes):
         raise ValueError("fn returns nothing; it must return an array or a tree of arrays")
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), shapes)
-    return jax.tree.structure(jax.eval_shape(reduction.partial, batch, jax.ShapeDtypeStruct((1,), jnp.bool_)))
+    return program, jax.tree.structure(jax.eval_shape(reduction.partial, batch, jax.ShapeDtypeStruct((1,), jnp.bool_)))
 
 
-def _fingerprint(key: Key[Array, ""], fn: Callable[..., Any], args: tuple, reduction: Reduction) -> str:
+def _fingerprint(program: Any, key: Key[Array, ""], args: tuple, reduction: Reduction) -> str:
     """Digest of what determines the result: the traced program with its constants, the arguments and the key.
 
     What a host callback computes cannot be seen here.
     """
-    program = jax.make_jaxpr(fn)(key, *args)
-    text = re.sub(r" at 0x[0-9a-f]+", "", f"{program.jaxpr} {reduction!r} {jax.tree.structure(args)}")
-    digest = hashlib.sha256(text.encode())
-    for leaf in (jax.random.key_data(key), *_constants(program), *jax.tree.leaves(args)):
+    values = (jax.random.key_data(key), *_constants(program), *jax.tree.leaves(args))
+    return _digest(program, values, f"{reduction!r} {jax.tree.structure(args)}")
+
+
+def _digest(program: Any, values: Iterable[Any], text: str = "") -> str:
+    """SHA-256 of a program's text, of more text, and of these values."""
+    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", f"{program.jaxpr} {text}").encode())
+    for leaf in values:
         leaf = jax.random.key_data(leaf) if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key) else leaf
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()

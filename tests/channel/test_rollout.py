@@ -116,7 +116,7 @@ def test_arguments_vary_without_a_new_program():
         rollout(jax.random.key(KEY), fn, 50, 50, args=(jnp.float32(v), RayleighFading())).mean for v in (1.0, 2.0)
     )
     np.testing.assert_allclose(twice, 2 * once, rtol=1e-6)
-    assert len(traces) == 2  # one abstract evaluation for the structure, one compilation
+    assert len(traces) == 3  # one at each call, which sees what `fn` reads, and one compilation
 
 
 def test_a_reduction_of_ones_own():
@@ -278,3 +278,30 @@ def test_bad_keys(unchecked):
 def test_bad_histograms(options):
     with pytest.raises(ValueError, match="low, high|bins"):
         Histogram(**options)
+
+
+SCALE = 1.0
+TABLE = np.ones(3, np.float32)
+
+
+def test_changed_globals_and_attributes_are_seen():
+    class Link:
+        gain = jnp.float32(1)
+
+        def __call__(self, key):
+            return SCALE * TABLE[0] * self.gain * jax.random.uniform(key, (), jnp.float32)
+
+    global SCALE
+    link, compiled = Link(), sys.modules["megjax.channel.rollout"]._kept_step.cache_info
+    run = lambda: float(rollout(jax.random.key(0), link, 100, progress=False).mean)  # noqa: E731
+    first, misses = run(), compiled().misses
+    assert run() == first and compiled().misses == misses
+    try:
+        SCALE = 2.0
+        assert run() == pytest.approx(2 * first)
+        TABLE[0] = 3.0
+        assert run() == pytest.approx(6 * first)
+        link.gain = jnp.float32(5)
+        assert run() == pytest.approx(30 * first)
+    finally:
+        SCALE, TABLE[0] = 1.0, 1.0
