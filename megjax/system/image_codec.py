@@ -3,7 +3,7 @@
 import dataclasses
 import io
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ OPTIONS = (
 _RATES = np.geomspace(0.02, 12.0, 60)
 """Spectral efficiencies R in bits per symbol to choose from."""
 _GRID_DB = np.arange(-50.0, 45.01, 0.5)
-_SHARED_SEGMENTS = (0xE0, 0xDB)
-"""JPEG segments that both ends know: JFIF header and quantisation tables."""
+_WEBP_KNOWN = 7
+"""Bytes of a VP8 key frame's header that both ends know: start code, width and height (RFC 6386, section 9.1)."""
 
 
 class ImageCodecTable(NamedTuple):
@@ -45,30 +45,57 @@ class ImageCodecTable(NamedTuple):
 def compress(images: Float[ArrayLike, "b H W 3"], codec: str, quality: int) -> tuple[np.ndarray, np.ndarray]:
     """Bytes [b] and decoded images [b H W 3] in [0, 1] of images by a codec of `OPTIONS`, on the host.
 
-    JPEG has optimised Huffman tables and 4:2:0 chroma; its quantisation tables and JFIF header are not counted, as
-    both ends know them. WebP is lossy, at its slowest and best method. ValueError for another codec.
+    What both ends can know is not counted:
+
+    - JPEG (4:2:0 chroma) counts its entropy-coded data, by the Huffman tables of the standard (ITU-T T.81, annex K) or,
+      with a bit that says so, by tables of the image's own, which then count; whichever is shorter.
+    - WebP (lossy, at its slowest and best method) counts the VP8 frame without its container, start code and size.
+
+    Raises ValueError for another codec, or images that are not finite numbers in [0, 1] (but for 1e-3 of rounding).
     """
     require(codec in ("jpeg", "webp"), "codec", codec, "'jpeg' or 'webp'")
-    levels = np.round(255 * np.asarray(images)).astype(np.uint8)
+    images = np.asarray(images, np.float32)
+    ends = (float(images.min()), float(images.max())) if images.size else (0.0, 1.0)
+    inside = ends[0] >= -1e-3 and ends[1] <= 1 + 1e-3  # false for NaN
+    require(inside, "images from smallest to largest", ends, "within [0, 1]")
+    levels = np.round(255 * np.clip(images, 0, 1)).astype(np.uint8)
     sizes, decoded = np.zeros(len(levels), np.float32), np.zeros(levels.shape, np.float32)
     for i, picture in enumerate(levels):
-        buffer = io.BytesIO()
-        options = {"optimize": True} if codec == "jpeg" else {"method": 6}
-        Image.fromarray(picture).save(buffer, codec, quality=quality, **options)
-        data = buffer.getvalue()
-        sizes[i] = len(data) - (_shared_bytes(data) if codec == "jpeg" else 0)
+        if codec == "jpeg":
+            data = _encode(picture, "JPEG", quality)
+            own = sum(_jpeg_bytes(_encode(picture, "JPEG", quality, optimize=True)))
+            sizes[i] = 1 / 8 + min(_jpeg_bytes(data)[0], own)
+        else:
+            data = _encode(picture, "WEBP", quality, method=6)
+            sizes[i] = _webp_bytes(data)
         decoded[i] = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.float32) / 255
     return sizes, decoded
 
 
-def _shared_bytes(data: bytes) -> int:
-    """Bytes of the segments before the scan that both ends know."""
-    position, shared = 2, 0
-    while data[position + 1] != 0xDA:
-        length = 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-        shared += length if data[position + 1] in _SHARED_SEGMENTS else 0
+def _encode(picture: np.ndarray, codec: str, quality: int, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, codec, quality=quality, **options)
+    return buffer.getvalue()
+
+
+def _jpeg_bytes(data: bytes) -> tuple[int, int]:
+    """Bytes of a JPEG file's entropy-coded data, and of its Huffman tables (segments DHT, with their markers)."""
+    position, tables = 2, 0
+    while True:
+        marker, length = data[position + 1], 2 + int.from_bytes(data[position + 2 : position + 4], "big")
         position += length
-    return shared
+        if marker == 0xDA:  # what follows the header of the scan, up to the marker of the end
+            return len(data) - position - 2, tables
+        tables += length if marker == 0xC4 else 0
+
+
+def _webp_bytes(data: bytes) -> int:
+    """Bytes of a WebP file's VP8 frame that the receiver does not know."""
+    position = 12
+    while data[position : position + 4] != b"VP8 ":
+        size = int.from_bytes(data[position + 4 : position + 8], "little")
+        position += 8 + size + size % 2
+    return int.from_bytes(data[position + 4 : position + 8], "little") - _WEBP_KNOWN
 
 
 def outage_table(key: Key[Array, ""], fading: Fading, num_blocks: int, draws: int = 4000) -> np.ndarray:

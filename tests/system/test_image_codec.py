@@ -37,22 +37,52 @@ def test_compression(codec):
     assert np.square(images - images.mean()).mean() > 3 * errors[0]  # even the coarsest shows the picture
 
 
+def saved(picture, codec, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(np.round(255 * picture).astype(np.uint8)).save(buffer, codec, **options)
+    return buffer.getvalue()
+
+
 def test_bytes_that_both_ends_know_do_not_count():
     parts = [
         b"\xff\xd8",
         b"\xff\xe0\x00\x10" + bytes(14),
-        b"\xff\xfe\x00\x05abc",
         b"\xff\xdb\x00\x43" + bytes(65),
-        b"\xff\xc4\x00\x04\xff\xdb",
+        b"\xff\xc4\x00\x05\xff\xda\xff",
+        b"\xff\xc4\x00\x03\x00",
         b"\xff\xda\x00\x08" + bytes(6),
-        b"\xff\xe0\x00\x10",
+        b"\x12\xff\x00\x34",
+        b"\xff\xd9",
     ]
-    # JFIF header and quantisation table, with their markers: 18 + 69. The same bytes elsewhere are data.
-    assert image_codec._shared_bytes(b"".join(parts)) == 87
-    image, buffer = smooth_images(1), io.BytesIO()
-    Image.fromarray(np.round(255 * image[0]).astype(np.uint8)).save(buffer, "jpeg", quality=50, optimize=True)
-    # PIL writes two tables, of luma and of chroma.
-    assert compress(image, "jpeg", 50)[0][0] == len(buffer.getvalue()) - 18 - 2 * 69
+    assert image_codec._jpeg_bytes(b"".join(parts)) == (4, 12)
+    picture = smooth_images(1)[0]
+    plain = saved(picture, "JPEG", quality=50)
+    scan = plain[plain.index(b"\xff\xda") + 2 + 12 : -2]  # the header of a scan of three components has 12 bytes
+    assert compress(picture[None], "jpeg", 50)[0][0] == len(scan) + 1 / 8
+    webp = saved(picture, "WEBP", quality=50, method=6)
+    assert webp[12:16] == b"VP8 " and webp[23:26] == b"\x9d\x01\x2a"  # the start code, after the frame tag
+    padding = len(webp) % 2
+    size = int.from_bytes(webp[16:20], "little")
+    assert len(webp) - 20 - size in (0, 1) and padding == 0
+    assert compress(picture[None], "webp", 50)[0][0] == size - 7
+    # The first chunk of an extended file says what follows.
+    extended = webp[:12] + b"VP8X" + (10).to_bytes(4, "little") + bytes(10) + webp[12:]
+    assert image_codec._webp_bytes(extended) == size - 7
+
+
+def test_tables_of_its_own_pay_for_a_large_image():
+    picture = smooth_images(1, 512)[0]
+    own, shared = (image_codec._jpeg_bytes(saved(picture, "JPEG", quality=20, optimize=o)) for o in (True, False))
+    assert sum(own) < shared[0]
+    assert compress(picture[None], "jpeg", 20)[0][0] == sum(own) + 1 / 8
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1.1, -0.1])
+def test_images_outside_of_the_unit_interval(value):
+    images = np.full((1, 16, 16, 3), 0.5, np.float32)
+    images[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match=r"images from smallest to largest is .*; it must be within \[0, 1\]"):
+        compress(images, "webp", 50)
 
 
 def test_the_link_is_out_as_often_as_the_table_says():
