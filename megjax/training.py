@@ -1,7 +1,6 @@
 """The one fit loop: chunks of compiled steps, Orbax checkpoints, bit-exact resume, metrics and progress."""
 
 import dataclasses
-import json
 import signal
 import sys
 import time
@@ -14,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from clu import parameter_overview
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, PyTree
 from tqdm import tqdm
@@ -23,6 +21,7 @@ from megjax.configs import read_json, require, write_json, write_text
 from megjax.keys import from_seed
 from megjax.processes import gather
 from megjax.pytrees import pytree_dataclass
+from megjax.runs import MetricsLog, check_same_run, describe_parameters, newest, read_waiting, write_waiting
 from megjax.termination import TerminationNotice
 
 WHOLE = PartitionSpec()
@@ -198,60 +197,6 @@ def make_chunk(config: FitConfig, loss_fn: LossFn) -> Callable[..., tuple]:
     return jax.jit(chunk, static_argnums=3, donate_argnums=0)
 
 
-class MetricsLog:
-    """Appends rows to `metrics.jsonl` and TensorBoard; rows after the step that is resumed from are dropped first."""
-
-    def __init__(self, folder: Path, step: int):
-        self.path = folder / "metrics.jsonl"
-        kept = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except json.JSONDecodeError:
-                break  # the line that a kill cut short is the last one
-        write_text(self.path, "".join(line + "\n" for line in kept))
-        from tensorboardX import SummaryWriter  # takes PyTorch along
-
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.board.close()
-
-
-def check_same_run(folder: Path, description: Any) -> None:
-    """Record `description` (JSON) in a new run folder; ValueError if the folder belongs to another description."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, description = folder / "config.json", json.loads(json.dumps(description, default=str))
-    if not path.exists():
-        if jax.process_index() == 0:
-            write_json(path, description)
-    elif (found := read_json(path)) != description:
-        old, new = _flatten(found), _flatten(description)
-        names = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
-        raise ValueError(f"{folder} holds a run with other settings ({', '.join(names)}); choose another folder")
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def describe_parameters(params: PyTree) -> str:
-    """A table of every parameter's name, shape, dtype and size, and their total."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): x for path, x in leaves}
-    return parameter_overview.get_parameter_overview(named, include_stats=False) + "\n"
-
-
 def fit(
     loss_fn: LossFn,
     params: PyTree,
@@ -306,12 +251,12 @@ def run_loop(
     """Run `chunk(state, n) -> (state, mean metrics of n steps)` up to step `num_steps` and return the final state.
 
     `state` is a pytree with the integer array `step`, at the start of a new run; a run in `folder` goes on from its
-    newest checkpoint. Chunks have at most `per_dispatch` steps and end where metrics are logged, every `log_every`
-    steps, so that a resumed run has the same ones. `parameters` are listed in parameters.txt. On SIGTERM the chunk
-    under way is finished and a checkpoint saved before the process ends. Of many processes the first writes what is no
-    checkpoint, and all call `on_checkpoint`, with their `own` state, and wait for each other after it.
+    newest checkpoint that can be read. Chunks have at most `per_dispatch` steps and end where metrics are logged, every
+    `log_every` steps, so that a resumed run has the same ones. `parameters` are listed in parameters.txt. On SIGTERM
+    the chunk under way is finished and a checkpoint saved before the process ends. Of many processes the first writes
+    what is no checkpoint, and all call `on_checkpoint`, with their `own` state, and wait for each other after it.
 
-    Raises ValueError if `folder` holds a run of another `description`.
+    Raises ValueError if `folder` holds a run of another `description`, or checkpoints none of which can be read.
     """
     folder = Path(folder).absolute()
     check_same_run(folder, description)
@@ -319,9 +264,7 @@ def run_loop(
         write_text(folder / "parameters.txt", describe_parameters(parameters))
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     with ocp.CheckpointManager(folder / "checkpoints", options=options) as manager:
-        if manager.latest_step() is not None:
-            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(abstract))
+        state = newest(manager, state)
         if int(state.step) < num_steps:
             with TerminationNotice() as notice:
                 times = (num_steps, per_dispatch, log_every, checkpoint_minutes)
@@ -337,7 +280,7 @@ def run_loop(
 def _run(chunk, state, num_steps, per_dispatch, log_every, checkpoint_minutes, folder, manager, on_checkpoint, notice):
     """The state at step `num_steps`, or where the termination notice came."""
     step, first = int(state.step), jax.process_index() == 0
-    log, waiting = (MetricsLog(folder, step) if first else None), _read_waiting(folder, step)
+    log, waiting = (MetricsLog(folder, step) if first else None), read_waiting(folder, step)
     clock = folder / "seconds.json"
     spent, started = (read_json(clock)["seconds"] if step and clock.is_file() else 0.0), time.monotonic()
     saved_at, stopped = started, False
@@ -364,7 +307,7 @@ def _run(chunk, state, num_steps, per_dispatch, log_every, checkpoint_minutes, f
             overdue = logged and gather("due" if due else "")[0] == "due"
             if overdue or step == num_steps or stopped:
                 if first:
-                    _write_waiting(folder, step, waiting)
+                    write_waiting(folder, step, waiting)
                 manager.save(step, args=ocp.args.StandardSave(state))
                 manager.wait_until_finished()
                 saved_at = time.monotonic()
@@ -376,21 +319,6 @@ def _run(chunk, state, num_steps, per_dispatch, log_every, checkpoint_minutes, f
     if first:
         log.close()
     return state
-
-
-def _write_waiting(folder: Path, step: int, waiting: list[tuple[int, dict]]) -> None:
-    """Keep metrics of the steps after the last log line, for a run that goes on from `step`."""
-    values = [[count, {name: float(x) for name, x in metrics.items()}] for count, metrics in waiting]
-    write_json(folder / "waiting.json", {"step": step, "metrics": values})
-
-
-def _read_waiting(folder: Path, step: int) -> list[tuple[int, dict]]:
-    """What `_write_waiting` kept for this step."""
-    path = folder / "waiting.json"
-    found = read_json(path) if step and path.is_file() else {}
-    if found.get("step") != step:
-        return []
-    return [(count, {name: np.float32(x) for name, x in metrics.items()}) for count, metrics in found["metrics"]]
 
 
 def _mean(waiting: list[tuple[int, dict]]) -> dict[str, float]:

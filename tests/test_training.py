@@ -64,6 +64,32 @@ def test_resume_is_bit_exact(tmp_path):
     assert metric_rows(tmp_path / "halves") == metric_rows(tmp_path / "whole")
 
 
+def damage(step):
+    """Cut every file of a checkpoint's state in half."""
+    for path in (step / "default").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_older_one(tmp_path, capsys):
+    whole = run(tmp_path / "whole")
+    folder = tmp_path / "run"
+    run(folder, EVERY_LOG)
+    checkpoints = folder / "checkpoints"
+    assert sorted(int(path.name) for path in checkpoints.iterdir()) == [56, 60]
+    damage(checkpoints / "60")
+    state = run(folder, EVERY_LOG)
+    assert_equal_trees(state, whole)
+    told = capsys.readouterr().err
+    assert "the checkpoint of step 60 cannot be read (" in told and "going on from step 56" in told
+    assert (folder / "damaged-60").is_dir() and (checkpoints / "60").is_dir()
+    assert [row["step"] for row in metric_rows(folder)] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
+    for path in checkpoints.iterdir():
+        damage(path)
+    with pytest.raises(ValueError, match=r"holds no checkpoint that can be read \(step 60: .*; step 56: .*train anew"):
+        run(folder, EVERY_LOG)
+
+
 def test_shards_are_the_mean_of_their_draws():
     key, params, data = jax.random.key(0), {"w": jnp.ones(3)}, jnp.asarray(TARGET)
     mean = jax.jit(jax.value_and_grad(training.data_parallel(loss_fn, 2), has_aux=True))
