@@ -1,6 +1,7 @@
 """Laws of block-fading gains h_t that are correlated in time, all Rayleigh in each block with E|h_t|^2 = 1."""
 
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,7 @@ class JakesFading:
     num_paths < 1.
     """
 
+    dependence: ClassVar[str] = "other"
     doppler: ArrayLike
     num_paths: int = static(32)
 
@@ -86,6 +88,7 @@ class GaussMarkovFading:
     |rho| > 1 or not finite.
     """
 
+    dependence: ClassVar[str] = "markov"
     rho: ArrayLike
 
     def __post_init__(self):

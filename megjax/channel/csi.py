@@ -132,9 +132,11 @@ class ImperfectCSI:
         """Gains of `num_blocks` blocks of `fading` and what both ends know of them, one realisation; the caller vmaps.
 
         The gains depend on `key`, `fading` and the blocks drawn, not on the pilots or the noise, and are those of
-        `fading` with E|h|^2 = 1. Raises ValueError for noise_var <= 0.
+        `fading`. Raises ValueError for noise_var <= 0, or a law that says (`mean_gain`) that its E|h|^2 is not 1.
         """
         check_count("num_blocks", num_blocks)
+        if abs((mean_gain := getattr(fading, "mean_gain", 1.0)) - 1) > 1e-6:
+            raise ValueError(f"fading is {fading!r} with E|h|^2 = {mean_gain:.4g}; estimates are made for E|h|^2 = 1")
         fading_key, pilot_key = split(key)
         earlier = max(self.delay_blocks, self.history)
         gains = fading.sample(fading_key, earlier + num_blocks)

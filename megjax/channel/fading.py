@@ -1,7 +1,7 @@
 """Laws of the block-fading gains h_t, all with E|h_t|^2 = 1, that are independent from block to block."""
 
 import math
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,21 @@ from megjax.channel.parameters import channel_model, check, check_count, scalar
 from megjax.channel.random import complex_normal, split, unit_phasor
 from megjax.pytrees import static
 
+DEPENDENCES = ("independent", "markov", "other")
+
 
 @runtime_checkable
 class Fading(Protocol):
-    """Anything that draws the gains of one transmission."""
+    """Anything that draws the gains of one transmission.
+
+    `dependence`, one of `DEPENDENCES`, says how the power gains |h_t|^2 of different blocks depend on each other:
+
+    - "independent": not at all.
+    - "markov": given |h_t|^2, later ones do not depend on earlier ones.
+    - "other": in some other way.
+    """
+
+    dependence: ClassVar[str]
 
     def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
         """Complex gains [t] of `num_blocks` consecutive blocks, one realisation; the caller vmaps over keys."""
@@ -25,6 +36,8 @@ class Fading(Protocol):
 @channel_model
 class NoFading:
     """Additive white Gaussian noise only: every gain is 1."""
+
+    dependence: ClassVar[str] = "independent"
 
     def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
         """Gains [t] of ones; `key` is unused."""
@@ -35,6 +48,8 @@ class NoFading:
 @channel_model
 class RayleighFading:
     """Independent Rayleigh fading from block to block: h_t ~ CN(0, 1), so |h_t|^2 is exponential with mean 1."""
+
+    dependence: ClassVar[str] = "independent"
 
     def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
         """Gains [t], independent and circularly symmetric Gaussian."""
@@ -53,6 +68,7 @@ class RicianFading:
     `k_factor` is that of the scattering alone. Raises ValueError for K < 0 or values that are not finite.
     """
 
+    dependence: ClassVar[str] = "independent"
     k_factor: ArrayLike
     los_phase: ArrayLike = 0.0
     random_phase: bool = static(False)
@@ -84,6 +100,7 @@ class NakagamiFading:
     through the implicit gradient of `jax.random.loggamma`. Raises ValueError for m < 0.5 or not finite.
     """
 
+    dependence: ClassVar[str] = "independent"
     m: ArrayLike
 
     def __post_init__(self):
@@ -110,6 +127,7 @@ class ShadowedFading:
     finite, or when `fading` has no method `sample`.
     """
 
+    dependence: ClassVar[str] = "other"
     fading: Fading
     sigma_db: ArrayLike
 
@@ -117,6 +135,11 @@ class ShadowedFading:
         if isinstance(self.fading, type) or not callable(getattr(self.fading, "sample", None)):
             raise ValueError(f"fading is {self.fading!r}; it must have a method sample(key, num_blocks)")
         check("sigma_db", self.sigma_db, "finite and 0 or more, in dB", lambda sigma: sigma >= 0)
+
+    @property
+    def mean_gain(self) -> float:
+        """E|h|^2, that of `fading`."""
+        return getattr(self.fading, "mean_gain", 1.0)
 
     def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
         """Gains [t]: those of `fading` times the shadowing of this realisation."""

@@ -8,6 +8,7 @@ Communication", 2005, sections 3.3 (diversity combining), 7.1 (SVD), 8.2 (capaci
 
 import functools
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ class MIMOFading:
     Raises ValueError for counts below 1, an unknown `combining`, or one that does not fit the antennas.
     """
 
+    dependence: ClassVar[str] = "independent"
     num_tx: int = static(1)
     num_rx: int = static(1)
     combining: str = static("svd")
@@ -52,6 +54,11 @@ class MIMOFading:
             raise ValueError(f"{single} is {getattr(self, single)}; combining={self.combining!r} takes {single}=1")
         if not isinstance(self.normalize, bool):
             raise ValueError(f"normalize is {self.normalize!r}; it must be True or False")
+
+    @property
+    def mean_gain(self) -> float:
+        """E|h|^2."""
+        return 1.0 if self.normalize else self.mean_array_gain
 
     @property
     def mean_array_gain(self) -> float:

@@ -6,6 +6,8 @@ Communications", 2005, section 12.4, and D. Tse and P. Viswanath, "Fundamentals 
 sections 2.2.3 (the sampled baseband channel) and 3.4.4.
 """
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,7 @@ class OFDM:
     fit into the prefix.
     """
 
+    dependence: ClassVar[str] = "other"
     tdl: TappedDelayLine
     num_subcarriers: int = static()
     subcarrier_spacing_hz: ArrayLike

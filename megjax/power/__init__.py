@@ -14,6 +14,7 @@ from megjax.power.policies import (
     Policy,
     StaticPower,
     Waterfilling,
+    check_policy,
 )
 from megjax.power.ppo import PPO, Hyperparameters, PPOConfig, make_ppo
 from megjax.power.problem import Problem, power_problem, weighted_errors
@@ -40,6 +41,7 @@ __all__ = [
     "StaticPower",
     "Waterfilling",
     "causal_optimum",
+    "check_policy",
     "gain_law",
     "load_table",
     "make_policy",

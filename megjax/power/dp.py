@@ -18,7 +18,8 @@ import numpy as np
 from jax.scipy.special import i0e
 from jaxtyping import Array, Float
 
-from megjax.channel import OFDM, Fading, GaussMarkovFading, JakesFading, ShadowedFading
+from megjax.channel import Fading, GaussMarkovFading
+from megjax.channel.fading import DEPENDENCES
 from megjax.channel.numerics import bisect
 from megjax.configs import require
 from megjax.power.laws import GainLaw, gain_law
@@ -123,11 +124,14 @@ class CausalOptimum:
 def causal_optimum(fading: Fading, num_blocks: int = 16) -> CausalOptimum:
     """The causal optimum for independent gains or for Gauss-Markov Rayleigh fading; for use outside jit.
 
-    ValueError for Jakes fading, OFDM and shadowing, whose gains depend on one another but are not a Markov chain, so
-    that no such recursion holds; other models are taken for independent from block to block.
+    ValueError for a law that does not say that its blocks are independent (`Fading.dependence`), such as Jakes fading,
+    OFDM and shadowing, for which no such recursion holds.
     """
-    chained = isinstance(fading, JakesFading | OFDM | ShadowedFading)
-    require(not chained, "fading", fading, "independent from block to block or Gauss-Markov")
+    dependence = getattr(fading, "dependence", None)
+    stated = dependence in DEPENDENCES
+    require(stated, f"{type(fading).__name__}.dependence", dependence, f"one of {DEPENDENCES}, how its blocks depend")
+    solved = dependence == "independent" or isinstance(fading, GaussMarkovFading)
+    require(solved, "fading", fading, "independent from block to block or Gauss-Markov")
     if isinstance(fading, GaussMarkovFading) and float(fading.rho) != 0:
         return CausalOptimum(markov_law(fading))
     return CausalOptimum(gain_law(fading, num_blocks))

@@ -7,16 +7,21 @@ One transmission a call: the caller vmaps over gains, and over problems where ne
 what is left on the last block.
 """
 
+import math
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from megjax.channel.numerics import bisect, with_gradient_of
+from megjax.channel import Fading
+from megjax.channel.numerics import bisect, squared_magnitude, with_gradient_of
+from megjax.configs import require
+from megjax.keys import from_seed
 from megjax.power.laws import GainLaw, LoadTable, static_power
-from megjax.power.problem import Problem, check_gains
+from megjax.power.problem import Problem, check_gains, power_problem
 from megjax.pytrees import pytree_dataclass
 
 _BISECTIONS = 40
@@ -31,6 +36,34 @@ class Policy(Protocol):
 
     def allocate(self, gains: Float[Array, " t"], problem: Problem) -> Float[Array, " t"]:
         """Power p_t of the blocks [t] for these known gains."""
+
+
+def check_policy(policy: Policy, fading: Fading, num_blocks: int, max_power: float = math.inf) -> None:
+    """ValueError unless a policy keeps to its contract on 32 drawn transmissions at each of -10, 0 and 20 dB.
+
+    Powers [t] must be finite and 0 or more, none above `max_power`, with a sum of at most the energy, all but for
+    rounding (1e-4); those of a `causal` policy must not depend on later gains. For use outside jit.
+    """
+    name, causal = type(policy).__name__, getattr(policy, "causal", None)
+    require(isinstance(causal, bool), f"{name}.causal", causal, "True or False")
+    keys = jax.random.split(from_seed(0), 32)
+    gains = squared_magnitude(jax.jit(jax.vmap(lambda key: fading.sample(key, num_blocks)))(keys))
+    allocate = jax.jit(jax.vmap(policy.allocate, (0, None)))
+    first = num_blocks // 2
+    changed = gains.at[:, first:].multiply(0.5)
+    for snr_db in (-10.0, 0.0, 20.0):
+        problem = power_problem(snr_db, num_blocks, max_power=max_power)
+        power, energy = np.asarray(allocate(gains, problem)), float(problem.energy)
+        require(power.shape == gains.shape, f"{name}.allocate's shape", power.shape[1:], f"({num_blocks},)")
+        least, most, spent = (float(x) for x in (power.min(), power.max(), power.sum(1).max()))
+        require(bool(np.all(np.isfinite(power))), f"{name}.allocate's powers", (least, most), "finite")
+        require(least >= 0, f"{name}.allocate's smallest power", least, "0 or more")
+        require(most <= 1.0001 * max_power, f"{name}.allocate's largest power", most, f"<= {max_power}")
+        require(spent <= 1.0001 * energy, f"{name}.allocate's energy at {snr_db:g} dB", spent, f"at most {energy:g}")
+        if causal:
+            early = np.abs(np.asarray(allocate(changed, problem)) - power)[:, :first]
+            looks = bool(early.size and early.max() > 1e-4 * energy)
+            require(not looks, f"{name}.causal", True, "False, as its powers depend on later gains")
 
 
 class View(NamedTuple):

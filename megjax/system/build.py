@@ -18,7 +18,7 @@ from megjax.codec.schemes import KLTScheme, LearnedScheme, RawScheme, Scheme
 from megjax.configs import require, require_count, require_number
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.keys import as_key, from_seed
-from megjax.power import EqualPower, Policy, make_policy
+from megjax.power import EqualPower, Policy, check_policy, make_policy
 from megjax.system import simulator as simulators
 from megjax.system.image_codec import CodedImageLink, ImageCodecTable
 from megjax.system.links import AnalogLink, Link, QAMLink
@@ -225,6 +225,8 @@ def make_simulator(
         made = parts.analog(scheme, variant)
     way, parameters = made
     found = make_policy(policy, fading, num_blocks) if isinstance(policy, str) else policy
+    if not isinstance(policy, str):
+        check_policy(policy, fading, num_blocks, peak_power)
     budget = float(num_symbols("latent", (), latent_shape)) if mode == "equal_energy" else None
     coded = scheme == "seed" or variant == "seed"
     if weights is None and coded and found is not None and not isinstance(found, EqualPower):

@@ -19,7 +19,8 @@ from megjax.channel.csi import (
     estimation_error_var,
     outdated_gains,
 )
-from megjax.channel.fading import NoFading, RayleighFading, RicianFading
+from megjax.channel.fading import NoFading, RayleighFading, RicianFading, ShadowedFading
+from megjax.channel.mimo import MIMOFading
 from megjax.channel.random import complex_normal
 from megjax.channel.transmission import equalize_lmmse, post_equalisation_snr, transmit
 from tests.channel.draws import normal_symbols
@@ -232,3 +233,14 @@ def test_bad_arguments():
     for bad in (1.1, np.nan):
         with pytest.raises(ValueError, match="correlation is .*from -1 to 1"):
             outdated_gains(key, gains, bad)
+
+
+@pytest.mark.parametrize("wrap", [lambda law: law, lambda law: ShadowedFading(law, 3.0)])
+def test_laws_of_another_mean_gain_are_refused(wrap):
+    csi = ImperfectCSI(1.0, 1)
+    with pytest.raises(ValueError, match=r"fading is .*MIMOFading.* with E\|h\|\^2 = 2; estimates are made for"):
+        csi.sample(jax.random.key(0), wrap(MIMOFading(1, 2)), 4, 0.5)
+    known = jax.eval_shape(
+        lambda key: csi.sample(key, wrap(MIMOFading(1, 2, normalize=True)), 4, 0.5), jax.random.key(0)
+    )
+    assert known.gains.shape == (4,)

@@ -1,6 +1,7 @@
 """Tests of the independent fading laws and of shadowing against their moments and distributions."""
 
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,7 @@ def test_shadowed_moments(fading, fourth_moment):
 class SteppedGain:
     """A law that is not the library's: it meets the protocol and is a pytree."""
 
+    dependence: ClassVar[str] = "independent"
     step: jax.Array
 
     def sample(self, key, num_blocks):

@@ -10,6 +10,7 @@ import pytest
 from megjax.channel import MIMOFading
 from megjax.channel.correlated import GaussMarkovFading, JakesFading
 from megjax.channel.fading import (
+    DEPENDENCES,
     Fading,
     NakagamiFading,
     NoFading,
@@ -50,6 +51,27 @@ def test_protocol_and_shapes(name):
         assert gains.shape == (num_blocks,) and gains.dtype == jnp.complex64
     with pytest.raises(ValueError, match="num_blocks is 0"):
         law.sample(jax.random.key(0), 0)
+
+
+SENT = 4096
+DEPENDENT = {"shadowed": 0.3, "jakes": 0.05, "gauss-markov": 0.05, "ofdm": 0.05}
+"""Least correlation of neighbouring power gains that the parameters of the test give; others are 0."""
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_what_a_law_says_of_its_blocks(name):
+    law, num = LAWS[name](0.5), 3
+    assert law.dependence in DEPENDENCES
+    draw = jax.jit(jax.vmap(lambda key: jnp.square(jnp.abs(law.sample(key, num)))))
+    gains = np.asarray(draw(jax.random.split(jax.random.key(8), SENT)), np.float64)
+    assert abs(gains.mean() / getattr(law, "mean_gain", 1.0) - 1) < 5 * max(gains.std(), 1e-6) / np.sqrt(SENT)
+    if gains.std() < 1e-6:
+        assert law.dependence == "independent"
+        return
+    found = max(abs(np.corrcoef(gains[:, 0], gains[:, i])[0, 1]) for i in (1, 2))
+    # The sample correlation of independent numbers has standard deviation 1 / sqrt(n).
+    assert (found > DEPENDENT[name]) if name in DEPENDENT else found < 4.5 / np.sqrt(SENT)
+    assert (law.dependence == "independent") == (name not in DEPENDENT)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in DEAR else ()) for name in LAWS])

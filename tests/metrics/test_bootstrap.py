@@ -45,6 +45,9 @@ def test_bad_arguments():
         ({"values": np.zeros(0)}, "values"),
         ({"values": np.zeros(3), "confidence": 95.0}, "confidence"),
         ({"values": np.zeros(3), "num_resamples": 0}, "num_resamples"),
+        ({"values": [1.0, np.nan]}, "values hold NaN or infinities of both signs"),
+        ({"values": [np.inf, -np.inf]}, "values hold NaN or infinities of both signs"),
+        ({"values": np.zeros(3), "weights": [1.0, np.inf, 1.0]}, "weights"),
     ):
         with pytest.raises(ValueError, match=name):
             bootstrap_interval(**arguments)
@@ -62,3 +65,19 @@ def test_weights_give_the_interval_of_a_ratio():
     assert abs(high - (ratio + 1.96 * standard_error)) < TOLERANCE * standard_error
     with pytest.raises(ValueError, match="weights has shape"):
         bootstrap_interval(share, weights=stated[1:])
+
+
+def test_one_image_has_no_interval():
+    assert np.isnan(bootstrap_interval([3.0])).all()
+    assert np.isnan(bootstrap_interval(np.ones((1, 5)))).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_infinite_values(sign):
+    """One of four images is infinite: a resample is finite with probability (3/4)^4 = 0.32."""
+    values = sign * np.array([np.inf, 1.0, 2.0, 3.0])
+    low, high = sorted(np.multiply(sign, bootstrap_interval(values)))
+    assert 1 <= low <= 1.5 and high == np.inf
+    # Within the finite part, 20 to 30 % of all resamples, both ends are finite.
+    assert np.isfinite(sign * bootstrap_interval(values, 0.95)[0 if sign > 0 else 1])
+    assert bootstrap_interval(np.full(3, sign * np.inf)) == (sign * np.inf, sign * np.inf)

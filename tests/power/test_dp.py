@@ -175,14 +175,28 @@ def test_power_at_is_what_allocate_spends_first():
     np.testing.assert_allclose(POWER(optimum, gains, problem)[:, 0], power_at(gains[:, 0]), rtol=1e-5, atol=1e-6)
 
 
+class Silent:
+    """A law of a user's that does not say how its blocks depend on each other."""
+
+    def sample(self, key, num_blocks):
+        return jnp.full(num_blocks, RayleighFading().sample(key, 1)[0])
+
+
+class Chained(Silent):
+    dependence = "markov"
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: causal_optimum(GaussMarkovFading(0.99)), "rho is 0.99"),
         (lambda: causal_optimum(JakesFading(0.1)), "fading is .*Jakes"),
         (lambda: causal_optimum(ShadowedFading(RayleighFading(), 4.0)), "fading is .*Shadowed"),
+        (lambda: causal_optimum(Silent()), "Silent.dependence is None; it must be one of .*independent"),
+        (lambda: causal_optimum(Chained()), "fading is .*Chained"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_laws_without_a_recursion(call, message):
     with pytest.raises(ValueError, match=message):
         call()

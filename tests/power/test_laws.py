@@ -34,6 +34,8 @@ LAW, TABLE = functools.cache(gain_law), functools.cache(lambda fading: load_tabl
 class UniformGain:
     """Gains |h|^2 uniform between 0 and 2: a model that the library does not know."""
 
+    dependence = "independent"
+
     def sample(self, key, num_blocks):
         return jnp.sqrt(jax.random.uniform(key, (num_blocks,), maxval=2.0)).astype(jnp.complex64)
 

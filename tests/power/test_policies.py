@@ -17,6 +17,7 @@ from megjax.power import (
     LoadedPower,
     Policy,
     Waterfilling,
+    check_policy,
     make_policy,
     power_problem,
 )
@@ -206,3 +207,36 @@ def test_a_load_of_another_length():
 def test_products_are_exact(name):
     allocate = lambda policy, *given: policy.allocate(*given)  # noqa: E731
     assert inexact_products(allocate, make(name), rayleigh_gains()[0], given("unequal"), gradient=True) == []
+
+
+class Own:
+    """A policy of a user's: `rule(gains, problem)`."""
+
+    def __init__(self, rule, causal=True):
+        self.rule, self.causal = rule, causal
+
+    def allocate(self, gains, problem):
+        return self.rule(gains, problem)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (Own(lambda g, p: jnp.full(g.shape, 2.5)), "Own.allocate's energy at -10 dB is .*; it must be at most 4"),
+        (Own(lambda g, p: 0.5 * p.energy * g / g.sum()), "Own.causal is True; it must be False"),
+        (Own(lambda g, p: 1 - g), "smallest power is .*; it must be 0 or more"),
+        (Own(lambda g, p: g / 0.0), "powers is .*; it must be finite"),
+        (Own(lambda g, p: jnp.where(jnp.arange(4) == 0, p.energy, 0.0)), "largest power is .*; it must be <= 3"),
+        (Own(lambda g, p: jnp.sum(g)), "shape is .*; it must be \\(4,\\)"),
+        (Own(lambda g, p: jnp.zeros(4), causal=None), "Own.causal is None; it must be True or False"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_policies_that_break_their_contract(policy, message):
+    with pytest.raises(ValueError, match=message):
+        check_policy(policy, RayleighFading(), 4, max_power=3.0)
+
+
+def test_the_contract_of_a_policy_can_be_kept():
+    check_policy(Own(lambda g, p: jnp.minimum(p.energy * g / g.sum(), p.max_power), causal=False), RayleighFading(), 4)
+    check_policy(make_policy("waterfilling", RayleighFading(), 4), RayleighFading(), 4, max_power=2.0)

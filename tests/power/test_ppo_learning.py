@@ -17,6 +17,8 @@ ALLOCATE = jax.jit(lambda policy, gains, problem: policy.allocate(gains, problem
 class CoinFading:
     """Every gain is 0 or 2 with probability one half."""
 
+    dependence = "independent"
+
     def sample(self, key, num_blocks):
         return jnp.sqrt(2.0) * jax.random.bernoulli(key, 0.5, (num_blocks,)).astype(jnp.complex64)
 

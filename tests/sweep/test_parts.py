@@ -21,6 +21,8 @@ from megjax.pytrees import pytree_dataclass
 class Fixed:
     """No pytree."""
 
+    dependence: ClassVar[str] = "independent"
+
     def __init__(self, gain=1.0):
         self.gain = gain
 

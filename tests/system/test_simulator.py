@@ -1,6 +1,7 @@
 """The whole protocol as one program: from token ids, batching, mapping, retracing, own parts."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +141,7 @@ class PlainCodec:
 class PlainFading:
     """Two good blocks of every three; as a plain dataclass it cannot be hashed."""
 
+    dependence: ClassVar[str] = "independent"
     period: int = 3
 
     def sample(self, key, num_blocks):
