@@ -9,6 +9,7 @@ import pandas as pd
 
 from eval.codec_points import FADINGS
 from megjax.configs import in_one_step, write_text
+from megjax.tables import write_parquet
 from megjax.units import linear_to_db
 
 CONFIDENCE, RESAMPLES = 0.95, 2000
@@ -145,8 +146,7 @@ def write(output: Path, rows, files, studies, rate: float, table: bool) -> pd.Da
     frames["gap"] = gap_table(rows, boot)
     frames["blocks"], frames["additive"] = studies_tables(studies, rate)
     for name, frame in frames.items():
-        with in_one_step(output / f"{name}.parquet") as part:
-            frame.to_parquet(part, index=False)
+        write_parquet(frame, output / f"{name}.parquet")
     if table:
         write_text(output / "docs_table.md", markdown(frames))
     draw(output, frames)

@@ -11,12 +11,13 @@ from rich.table import Table
 from eval.measure import console
 from megjax.channel import RayleighFading
 from megjax.codec import SeedCodec
-from megjax.configs import in_one_step, require
+from megjax.configs import require
 from megjax.diffusion.layout import locate
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.keys import from_seed
 from megjax.runtime import command, prepare_output
 from megjax.system import Resources, fit_image_codec, make_simulator, measure_work, scheme_cost
+from megjax.tables import write_parquet
 from megjax.units import check_snr_db
 
 SCHEMES = {
@@ -76,8 +77,7 @@ def run(args: Arguments) -> pd.DataFrame:
         cost = scheme_cost(made, work, args.resources, count)
         rows.append({"scheme": name, **dataclasses.asdict(cost), "latency_s": cost.latency_s})
     frame = pd.DataFrame(rows).assign(**dataclasses.asdict(args.resources), steps=args.steps, coded_snr_db=args.snr_db)
-    with in_one_step(args.output / "costs.parquet") as part:
-        frame.to_parquet(part, index=False)
+    write_parquet(frame, args.output / "costs.parquet")
     show(frame)
     return frame
 

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import tyro
 
 from eval import figure_plots as plots
@@ -11,6 +12,7 @@ from eval import figure_tables as tables
 from megjax.configs import require, write_text
 from megjax.runtime import command, prepare_output
 from megjax.sweep import read_points
+from megjax.tables import read_parquet
 
 SWEEPS = ("images", "latents", "policies", "split")
 
@@ -28,8 +30,8 @@ class Arguments:
 def read_table(folder: Path, command_line: str) -> pd.DataFrame:
     """A Parquet table; ValueError naming the command that makes it if it is absent or damaged."""
     try:
-        return pd.read_parquet(folder)
-    except (OSError, ValueError) as error:
+        return read_parquet(folder).to_pandas()
+    except (OSError, ValueError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{folder} cannot be read ({reason}); {command_line} makes it") from None
 

@@ -25,6 +25,7 @@ from megjax.keys import from_seed
 from megjax.metrics import bootstrap_interval, psnr
 from megjax.power import LearnedPower, LoadedPower, make_policy, power_problem
 from megjax.runtime import command, prepare_output
+from megjax.tables import write_parquet
 from megjax.units import check_snr_db
 
 NAMES = ("equal", "static", "codec", "waterfilling", "dp", "clairvoyant", "ppo")
@@ -103,7 +104,7 @@ def run(args: Arguments) -> pd.DataFrame:
                 row |= {f"over_{reference}": gain.mean(), f"over_{reference}_low": low, f"over_{reference}_high": high}
             rows.append(row)
     frame = pd.DataFrame(rows)
-    frame.to_parquet(args.output / "images.parquet", index=False)
+    write_parquet(frame, args.output / "images.parquet")
     write_text(args.output / "images.md", markdown(frame))
     show(frame)
     return frame

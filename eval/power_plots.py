@@ -12,6 +12,7 @@ import pandas as pd
 from megjax.channel import RayleighFading
 from megjax.configs import in_one_step, write_text
 from megjax.power import LearnedPower, causal_optimum, power_problem
+from megjax.tables import write_parquet
 
 COLOURS = {"equal": "C7", "static": "C5", "dp": "k", "clairvoyant": "C2", "ppo": "C0", "waterfilling": "C1"}
 KINDS = ("ppo", "ppo_history")
@@ -29,8 +30,7 @@ def seed_interval(values: np.ndarray) -> tuple[float, float]:
 
 def write(frame: pd.DataFrame, args) -> None:
     """results.parquet, tables.md, policies.png, map.png and learning.png in the output folder."""
-    with in_one_step(args.output / "results.parquet") as part:
-        frame.to_parquet(part, index=False)
+    write_parquet(frame, args.output / "results.parquet")
     write_text(args.output / "tables.md", markdown(frame))
     draw(frame, args)
 

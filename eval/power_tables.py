@@ -13,11 +13,12 @@ import tyro
 
 from megjax.channel import RayleighFading
 from megjax.channel.numerics import squared_magnitude
-from megjax.configs import in_one_step, require, require_positive_integers
+from megjax.configs import require, require_positive_integers
 from megjax.keys import from_seed
 from megjax.power import LearnedPower, causal_optimum, make_policy, power_problem, weighted_errors
 from megjax.power.recipe import PRESETS
 from megjax.runtime import command, prepare_output
+from megjax.tables import write_parquet
 
 FADING = RayleighFading()
 REFERENCES = ("equal", "dp", "clairvoyant")
@@ -95,8 +96,7 @@ def run(args: Arguments) -> None:
     rows += [{"run": name, "update": 0, "return": value} for name, value in references(args).items()]
     learned = LearnedPower.from_pretrained(folders[0] / "model", args.blocks)
     for name, frame in (("learning", pd.DataFrame(rows)), ("map", power_map(args, learned))):
-        with in_one_step(args.output / f"{name}.parquet") as part:
-            frame.to_parquet(part, index=False)
+        write_parquet(frame, args.output / f"{name}.parquet")
         print(f"written: {args.output / name}.parquet")
 
 

@@ -32,8 +32,10 @@ def noise_var_from_snr_db(snr_db: ArrayLike) -> Float[Array, "*s"]:
 def check_snr_db(snr_db) -> np.ndarray:
     """`snr_db` (a number, or a nested list or array of them, but no string) as a float64 NumPy array.
 
-    For use outside jit. Raises ValueError when any entry is not a number within +-`MAX_SNR_DB`.
+    For use outside jit. Raises ValueError when any entry is not a number within +-`MAX_SNR_DB`, or is traced.
     """
+    if isinstance(snr_db, jax.core.Tracer):
+        raise ValueError("snr_db is traced, by jit, vmap or grad; what checks it must be called outside of them")
     try:
         given = np.asarray(snr_db)
         values = (

@@ -7,9 +7,13 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 
 from megjax.configs import in_one_step, read_json, write_json
+from megjax.tables import read_parquet, write_parquet
 
 
 def test_readers_see_whole_files_while_several_write_the_same(tmp_path):
@@ -50,3 +54,25 @@ def test_an_error_leaves_the_old_file(tmp_path):
         part.write_text("half")
         raise RuntimeError
     assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_changed_bit_of_a_table_is_found(tmp_path):
+    table = pa.table({"x": np.arange(1000) / 7, "text": ["x" * (i % 50) for i in range(1000)]})
+    path = tmp_path / "t.parquet"
+    write_parquet(table, path)
+    whole, found = path.read_bytes(), 0
+    places = range(4, int(0.7 * len(whole)), 211)
+    for i in places:
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 16]) + whole[i + 1 :])
+        try:
+            assert read_parquet(path).equals(table)
+        except (pa.ArrowException, OSError):
+            found += 1
+    assert found > 0.9 * len(places)
+
+
+def test_a_data_frame_has_no_index_in_its_file(tmp_path):
+    frame = pd.DataFrame({"a": [1, 2]}, index=[5, 6])
+    write_parquet(frame, tmp_path / "f.parquet")
+    assert read_parquet(tmp_path / "f.parquet").to_pydict() == {"a": [1, 2]}
+    assert [path.name for path in tmp_path.iterdir()] == ["f.parquet"]

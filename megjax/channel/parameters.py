@@ -105,6 +105,16 @@ def check_count(name: str, value: Any, smallest: int = 1) -> None:
         raise ValueError(f"{name} is {value!r}; it must be an integer of {smallest} or more")
 
 
+def number(law: Any, name: str) -> float:
+    """A law's leaf as a Python number; ValueError when it is an array, or traced, as tables are made outside jit."""
+    value, owner = getattr(law, name), type(law).__name__
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(f"{owner}.{name} is traced, by jit, vmap or grad; tables of a law are made outside of them")
+    if jnp.ndim(value):
+        raise ValueError(f"{owner}.{name} has shape {jnp.shape(value)}; tables are made for one law: give it a number")
+    return float(value)
+
+
 def scalar(name: str, value: ArrayLike) -> Float[Array, ""]:
     """A leaf as a float32 scalar; ValueError when it is an array, over which the caller has to vmap."""
     if jnp.ndim(value):

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from megjax.channel import Fading, GaussMarkovFading
 from megjax.channel.fading import DEPENDENCES
 from megjax.channel.numerics import bisect
+from megjax.channel.parameters import number
 from megjax.configs import require
 from megjax.power.laws import GainLaw, gain_law
 from megjax.power.policies import spend
@@ -52,7 +53,7 @@ def markov_law(fading: GaussMarkovFading) -> MarkovLaw:
     Its density is exp(-(x + r g) / (1 - r)) I0(2 sqrt(r g x) / (1 - r)) / (1 - r), r = rho^2. ValueError for |rho|
     above 0.98, which the grid does not resolve.
     """
-    rho = float(fading.rho)
+    rho = number(fading, "rho")
     require(abs(rho) <= LARGEST_RHO, "rho", rho, f"within +-{LARGEST_RHO} for dynamic programming")
     step = LARGEST_AMPLITUDE / MARKOV_GAINS
     amplitude = step * (np.arange(MARKOV_GAINS) + 0.5)
@@ -132,7 +133,7 @@ def causal_optimum(fading: Fading, num_blocks: int = 16) -> CausalOptimum:
     require(stated, f"{type(fading).__name__}.dependence", dependence, f"one of {DEPENDENCES}, how its blocks depend")
     solved = dependence == "independent" or isinstance(fading, GaussMarkovFading)
     require(solved, "fading", fading, "independent from block to block or Gauss-Markov")
-    if isinstance(fading, GaussMarkovFading) and float(fading.rho) != 0:
+    if isinstance(fading, GaussMarkovFading) and number(fading, "rho") != 0:
         return CausalOptimum(markov_law(fading))
     return CausalOptimum(gain_law(fading, num_blocks))
 

@@ -18,6 +18,7 @@ from megjax.channel import (
     RicianFading,
 )
 from megjax.channel.numerics import bisect, cubic_interpolation, squared_magnitude, with_gradient_of
+from megjax.channel.parameters import number
 from megjax.keys import from_seed
 from megjax.power.problem import check_num_blocks
 from megjax.precision import exact_matmul
@@ -58,10 +59,10 @@ def gain_law(fading: Fading, num_blocks: int = 16) -> GainLaw:
     if isinstance(fading, RayleighFading | JakesFading | GaussMarkovFading):
         log_density = -gains
     elif isinstance(fading, NakagamiFading):
-        m = float(fading.m)
+        m = number(fading, "m")
         log_density = (m - 1) * log_gains - m * gains
     elif isinstance(fading, RicianFading):
-        k = float(fading.k_factor)
+        k = number(fading, "k_factor")
         argument = 2 * np.sqrt(k * (1 + k) * gains)
         log_density = argument - (1 + k) * gains + np.log(np.asarray(i0e(argument), np.float64))
     else:

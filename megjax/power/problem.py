@@ -31,23 +31,27 @@ class Problem(NamedTuple):
 
 
 def power_problem(
-    snr_db: float,
+    snr_db: ArrayLike,
     num_blocks: int = 16,
     weights: Float[ArrayLike, " t"] | None = None,
-    mean_power: float = 1.0,
-    max_power: float = math.inf,
+    mean_power: ArrayLike = 1.0,
+    max_power: ArrayLike = math.inf,
 ) -> Problem:
     """A problem at this 1 / sigma^2 in dB; `weights` [t] are all 1 unless given.
 
     Raises ValueError for fewer than one block, a mean or peak power that is not positive, weights of another length,
-    negative or not finite, or all zero, or a bad SNR.
+    negative or not finite, or all zero, or a bad SNR. Under jit, vmap or grad traced values are checked for their shape
+    only.
     """
     check_num_blocks(num_blocks)
     weights = np.ones(num_blocks) if weights is None else check_weights(weights, num_blocks)
-    require(check_snr_db(snr_db).ndim == 0, "snr_db", snr_db, "one number in dB")
+    if not isinstance(snr_db, jax.core.Tracer):
+        check_snr_db(snr_db)
+    require(jnp.ndim(snr_db) == 0, "snr_db", snr_db, "one number in dB")
     check_powers(mean_power, max_power)
-    energy = jnp.float32(num_blocks * mean_power)
-    return Problem(db_to_linear(snr_db), jnp.asarray(weights, jnp.float32), energy, jnp.float32(max_power))
+    energy = jnp.asarray(num_blocks * mean_power, jnp.float32)
+    peak = jnp.asarray(max_power, jnp.float32)
+    return Problem(db_to_linear(snr_db), jnp.asarray(weights, jnp.float32), energy, peak)
 
 
 def check_num_blocks(num_blocks: int) -> None:
@@ -55,16 +59,24 @@ def check_num_blocks(num_blocks: int) -> None:
     require_count("num_blocks", num_blocks)
 
 
-def check_powers(mean_power: float, max_power: float) -> None:
+def check_powers(mean_power: ArrayLike, max_power: ArrayLike) -> None:
     """ValueError unless the mean power is positive and finite and the peak positive (infinite for none)."""
-    require(0 < mean_power < math.inf, "mean_power", mean_power, "positive and finite")
-    require(max_power > 0, "max_power", max_power, "positive")
+    if not isinstance(mean_power, jax.core.Tracer):
+        require(0 < mean_power < math.inf, "mean_power", mean_power, "positive and finite")
+    if not isinstance(max_power, jax.core.Tracer):
+        require(max_power > 0, "max_power", max_power, "positive")
 
 
-def check_weights(weights: ArrayLike, num_blocks: int) -> np.ndarray:
-    """Weights [... t] as float64; ValueError unless they fit the blocks, are finite, 0 or more, and not all 0."""
+def check_weights(weights: ArrayLike, num_blocks: int) -> np.ndarray | Array:
+    """Weights [... t] as float64, traced ones as they are.
+
+    ValueError unless they fit the blocks and, outside jit, are finite, 0 or more, and not all 0.
+    """
+    shape = jnp.shape(weights)
+    require(len(shape) > 0 and shape[-1] == num_blocks, "weights' shape", shape, f"[..., {num_blocks}]")
+    if isinstance(weights, jax.core.Tracer):
+        return weights
     values = np.asarray(weights, np.float64)
-    require(values.ndim > 0 and values.shape[-1] == num_blocks, "weights' shape", values.shape, f"[..., {num_blocks}]")
     valid = bool(np.all(np.isfinite(values)) and np.all(values >= 0) and np.all(values.max(-1) > 0))
     require(valid, "weights", weights, "finite, 0 or more, and not all 0")
     return values

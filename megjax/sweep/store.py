@@ -9,12 +9,13 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from megjax.configs import in_one_step, read_json, require, write_json
+from megjax.configs import read_json, require, write_json
 from megjax.sweep.config import Point, digest
+from megjax.tables import read_parquet, write_parquet
 
-FORMAT = "megjax sweep 1"
+FORMAT = "megjax sweep 2"
+"""Of the files; the number grows when the same settings give other results (2: what counts of coded images)."""
 SETTINGS, POINTS, RESULTS = "sweep.json", "points", "results.parquet"
 NEEDED = ("scheme", "n", "energy", "num_symbols")
 """Columns without which a file is no point."""
@@ -67,7 +68,7 @@ class Store:
         if not path.exists():
             return None
         try:
-            (row,) = pq.read_table(path).to_pylist()
+            (row,) = read_parquet(path).to_pylist()
             if missing := [name for name in NEEDED if row.get(name) is None]:
                 raise ValueError(f"no {', '.join(missing)}")
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -81,12 +82,12 @@ class Store:
 
     def merge(self, frame: pd.DataFrame) -> None:
         """Write the table of all points in one step."""
-        _write(pa.Table.from_pandas(frame, preserve_index=False), self.folder / RESULTS)
+        _write(frame, self.folder / RESULTS)
 
 
-def _write(table: pa.Table, path: Path) -> None:
-    with _explained(path), in_one_step(path) as part:
-        pq.write_table(table, part)
+def _write(table: pa.Table | pd.DataFrame, path: Path) -> None:
+    with _explained(path):
+        write_parquet(table, path)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megjax.channel import RayleighFading
+from megjax.channel import GaussMarkovFading, NakagamiFading, RayleighFading
 from megjax.power import (
     POLICIES,
     ChannelInversion,
@@ -16,6 +16,7 @@ from megjax.power import (
     GainLaw,
     LoadedPower,
     Policy,
+    PowerControl,
     Waterfilling,
     check_policy,
     make_policy,
@@ -240,3 +241,27 @@ def test_policies_that_break_their_contract(policy, message):
 def test_the_contract_of_a_policy_can_be_kept():
     check_policy(Own(lambda g, p: jnp.minimum(p.energy * g / g.sum(), p.max_power), causal=False), RayleighFading(), 4)
     check_policy(make_policy("waterfilling", RayleighFading(), 4), RayleighFading(), 4, max_power=2.0)
+
+
+def test_a_problem_is_made_under_vmap_and_jit():
+    levels = jnp.array([0.0, 3.0])
+    problems = jax.jit(jax.vmap(lambda x: power_problem(x, 3, weights=x * jnp.ones(3), max_power=x)))(levels)
+    for i, level in enumerate((0.0, 3.0)):
+        one = power_problem(level, 3)
+        np.testing.assert_allclose(problems.snr[i], one.snr, rtol=1e-6)
+        np.testing.assert_allclose(problems.weights[i], level)
+        assert problems.energy[i] == 3 and problems.max_power[i] == level
+    with pytest.raises(ValueError, match="weights' shape is .*3"):
+        jax.jit(lambda x: power_problem(0.0, 3, weights=x))(jnp.ones(4))
+    with pytest.raises(ValueError, match="snr_db is traced"):
+        jax.jit(lambda x: PowerControl(2).make_params(snr_db=(x, x)))(1.0)
+
+
+@pytest.mark.parametrize("name", ["dp", "static", "waterfilling"])
+def test_policies_are_made_for_one_law(name):
+    law = {"dp": GaussMarkovFading}.get(name, NakagamiFading)
+    leaf = "rho" if name == "dp" else "m"
+    with pytest.raises(ValueError, match=f"{law.__name__}.{leaf} has shape .*; tables are made for one law"):
+        make_policy(name, law(jnp.array([0.5, 0.6])), 4)
+    with pytest.raises(ValueError, match=f"{law.__name__}.{leaf} is traced"):
+        jax.jit(lambda x: make_policy(name, law(x), 4).causal)(0.7)
