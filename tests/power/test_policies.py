@@ -16,13 +16,13 @@ from megjax.power import (
     GainLaw,
     LoadedPower,
     Policy,
-    PowerControl,
     Waterfilling,
     check_policy,
     make_policy,
     power_problem,
 )
 from megjax.power.problem import check_gains
+from megjax.units import check_snr_db
 from tests.products import inexact_products
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -253,8 +253,12 @@ def test_a_problem_is_made_under_vmap_and_jit():
         assert problems.energy[i] == 3 and problems.max_power[i] == level
     with pytest.raises(ValueError, match="weights' shape is .*3"):
         jax.jit(lambda x: power_problem(0.0, 3, weights=x))(jnp.ones(4))
-    with pytest.raises(ValueError, match="snr_db is traced"):
-        jax.jit(lambda x: PowerControl(2).make_params(snr_db=(x, x)))(1.0)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_traced_snrs_where_they_are_checked():
+    with pytest.raises(ValueError, match="snr_db is traced, by jit, vmap or grad"):
+        jax.jit(lambda x: check_snr_db(x))(1.0)
 
 
 @pytest.mark.parametrize("name", ["dp", "static", "waterfilling"])
