@@ -265,10 +265,13 @@ def start_processes(
     num_processes: int | None = None,
     process_id: int | None = None,
     *,
+    startup_seconds: int = 300,
     heartbeat_seconds: int = 60,
 ) -> Any:
     """Join the other processes of the job, before any use of a device; returns what was found, None on a lone process.
 
+    It waits up to `startup_seconds` for all of them: a job whose nodes start far apart needs more. If one does not
+    come, JAX ends those that wait with a message.
     A process that is not heard of for `heartbeat_seconds` counts as lost, and JAX ends the others with a message. All
     processes of a job must give the same. Raises ValueError as `find_processes`, or if devices were used already.
     """
@@ -283,6 +286,7 @@ def start_processes(
             found.num_processes,
             found.process_id,
             cluster_detection_method=method,
+            initialization_timeout=startup_seconds,
             heartbeat_timeout_seconds=heartbeat_seconds,
         )
     except RuntimeError as error:

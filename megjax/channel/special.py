@@ -135,11 +135,11 @@ def _rice_mass(a: Float[Array, "*s"], lower: Float[Array, "*s"], upper: Float[Ar
         r = lower + node * (upper - lower)
         return weight * r * jnp.exp(-0.5 * jnp.square(r - a)) * jax.lax.bessel_i0e(a * r)
 
-    return (upper - lower) * jnp.sum(jax.vmap(weighted_density)(*_gauss_legendre()), axis=0)
+    return (upper - lower) * jnp.sum(jax.vmap(weighted_density)(*gauss_legendre()), axis=0)
 
 
 @functools.cache
-def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
+def gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights [64] on (0, 1)."""
     nodes, weights = np.polynomial.legendre.leggauss(64)
     return ((nodes + 1) / 2).astype(np.float32), (weights / 2).astype(np.float32)

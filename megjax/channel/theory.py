@@ -20,7 +20,15 @@ from jaxtyping import Array, ArrayLike, Float
 from megjax.channel.modulation import bits_per_symbol
 from megjax.channel.numerics import safe_sqrt
 from megjax.channel.parameters import check, check_count
-from megjax.channel.special import bessel_j0, exp1_ratio, marcum_q1, q_function, rice_cdf, scaled_exp1
+from megjax.channel.special import (
+    bessel_j0,
+    exp1_ratio,
+    gauss_legendre,
+    marcum_q1,
+    q_function,
+    rice_cdf,
+    scaled_exp1,
+)
 
 __all__ = [
     "average_fade_duration_rayleigh",
@@ -30,6 +38,8 @@ __all__ = [
     "ber_rayleigh",
     "ber_rician",
     "bessel_j0",
+    "block_crossing_rate_rayleigh",
+    "block_fade_duration_rayleigh",
     "capacity_awgn",
     "ergodic_capacity_nakagami",
     "ergodic_capacity_rayleigh",
@@ -231,7 +241,8 @@ def level_crossing_rate_rayleigh(threshold: ArrayLike, doppler: ArrayLike) -> Va
     """Mean number of upward crossings of |h| = threshold per unit of time: sqrt(2 pi) f_D rho exp(-rho^2).
 
     Clarke's spectrum of largest Doppler shift `doppler`, in crossings per the time unit of 1 / doppler; `threshold` is
-    relative to the RMS amplitude. S. O. Rice, "Statistical properties of a sine wave plus random noise", Bell Syst.
+    relative to the RMS amplitude. Of a process in continuous time: gains known once a block cross less often
+    (`block_crossing_rate_rayleigh`). S. O. Rice, "Statistical properties of a sine wave plus random noise", Bell Syst.
     Tech. J. 27, 1948; W. C. Jakes, "Microwave Mobile Communications", 1974, chapter 1.
     """
     return level_crossing_rate_rician(threshold, doppler, 0.0)
@@ -266,6 +277,45 @@ def average_fade_duration_rician(threshold: ArrayLike, doppler: ArrayLike, k_fac
     threshold, doppler = _positive("threshold", threshold), _positive("doppler", doppler)
     rate = level_crossing_rate_rician(threshold, doppler, k_factor)
     return rician_gain_cdf(jnp.square(threshold), k_factor) / rate
+
+
+def block_crossing_rate_rayleigh(threshold: ArrayLike, doppler: ArrayLike) -> Values:
+    """Mean number of upward crossings of |h| = threshold per block by gains that are known once a block only.
+
+    P(|h_t| < threshold <= |h_{t+1}|) of Rayleigh gains with correlation r = J0(2 pi doppler), `doppler` in cycles per
+    block: what `JakesFading` draws. It is below `level_crossing_rate_rayleigh`, which also counts what happens between
+    two blocks, and comes near it for a small Doppler shift:
+
+        integral from 0 to threshold of 2 u exp(-u^2) Q1(|r| u / s, threshold / s) du,  s^2 = (1 - r^2) / 2,
+
+    with Marcum's Q1, as |h_{t+1}| / s given |h_t| = u is Rice distributed; error under 4e-5 from 0.001 cycles on, 1e-3
+    at 0.0001. M. Schwartz, W. R. Bennett and S. Stein,
+    "Communication Systems and Techniques", 1966, appendix A (two correlated Rayleigh variables).
+    """
+    threshold, doppler = _non_negative("threshold", threshold), _non_negative("doppler", doppler)
+    x = np.float32(2 * np.pi) * doppler
+    correlation, square = jnp.abs(bessel_j0(x)), jnp.square(x)
+    short = jnp.where(x < 0.5, square / 4 * (1 - square / 16 * (1 - square / 36)), 1 - correlation)  # 1 - J0(x)
+    spread = safe_sqrt(short * (1 + correlation) / 2)
+    scale = 1 / jnp.where(spread > 0, spread, 1.0)
+    # Blocks that cross lie within a few spreads of the threshold.
+    lowest = threshold - jnp.minimum(threshold, 9 * spread)
+
+    def crossing(node, weight):
+        u = lowest + node * (threshold - lowest)
+        return weight * 2 * u * jnp.exp(-jnp.square(u)) * marcum_q1(correlation * u * scale, threshold * scale)
+
+    return (threshold - lowest) * jnp.sum(jax.vmap(crossing)(*gauss_legendre()), axis=0)
+
+
+def block_fade_duration_rayleigh(threshold: ArrayLike, doppler: ArrayLike) -> Values:
+    """Mean number of consecutive blocks with |h| below threshold, P(|h| < threshold) over their rate of crossings.
+
+    As in `block_crossing_rate_rayleigh`; `threshold` and `doppler` must be more than 0. It is above
+    `average_fade_duration_rayleigh`, and at least 1 block.
+    """
+    threshold, doppler = _positive("threshold", threshold), _positive("doppler", doppler)
+    return -jnp.expm1(-jnp.square(threshold)) / block_crossing_rate_rayleigh(threshold, doppler)
 
 
 @functools.cache

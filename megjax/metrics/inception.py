@@ -8,11 +8,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from megjax.configs import require
 from megjax.diffusion import checkpoint
 from megjax.diffusion.layers import ShapeRngs
 from megjax.precision import EXACT
 
 IMAGE_SIZE, NUM_FEATURES = 299, 2048
+RESIZINGS = ("bilinear", "clean")
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 UNUSED_PARTS = ("fc.", "AuxLogits.")
 UNUSED_LEAF = ".num_batches_tracked"
@@ -178,9 +180,19 @@ class Inception(nnx.Module):
     `torchvision.models.inception_v3`. A distance is FID only with that graph's weights (in PyTorch form known as
     `pt_inception-2015-12-05`), which are not bundled: `load` reads them from the user's file. The ImageNet weights of
     torchvision also load, but are other weights and give other distances.
+
+    `resizing`, one of `RESIZINGS`, is how images come to 299x299, which moves a FID by as much as methods differ:
+
+    - "bilinear": as in the original FID and pytorch-fid, without a low-pass filter when shrinking.
+    - "clean": bicubic with one, as in clean-fid (G. Parmar et al., "On aliased resizing and surprising subtleties in
+      GAN evaluation", CVPR 2022).
+
+    ValueError for another one.
     """
 
-    def __init__(self, rngs: nnx.Rngs):
+    def __init__(self, rngs: nnx.Rngs, resizing: str = "bilinear"):
+        require(resizing in RESIZINGS, "resizing", resizing, f"one of {RESIZINGS}")
+        self.resizing = resizing
         self.Conv2d_1a_3x3 = BasicConv2d(3, 32, 3, rngs, stride=2, valid=True)
         self.Conv2d_2a_3x3 = BasicConv2d(32, 32, 3, rngs, valid=True)
         self.Conv2d_2b_3x3 = BasicConv2d(32, 64, 3, rngs)
@@ -208,7 +220,7 @@ class Inception(nnx.Module):
             raise ValueError(f"images has shape {images.shape}; it must be [b h w 3], RGB and channels last")
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images has dtype {images.dtype}; it must be floating, with values in [0, 1]")
-        x = 2 * resize(jnp.asarray(images, jnp.float32)) - 1
+        x = 2 * resize(jnp.asarray(images, jnp.float32), self.resizing) - 1
         x = max_pool(chain(x, self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3), 2)
         x = max_pool(chain(x, self.Conv2d_3b_1x1, self.Conv2d_4a_3x3), 2)
         x = chain(x, self.Mixed_5b, self.Mixed_5c, self.Mixed_5d)
@@ -216,7 +228,7 @@ class Inception(nnx.Module):
         return chain(x, self.Mixed_7a, self.Mixed_7b, self.Mixed_7c).mean((1, 2))
 
     @classmethod
-    def load(cls, path: str | Path) -> "Inception":
+    def load(cls, path: str | Path, resizing: str = "bilinear") -> "Inception":
         """The network with the weights of the safetensors file `path`, under their PyTorch state-dict names.
 
         The classifier (`fc`), `AuxLogits` and `num_batches_tracked` are skipped. Raises ValueError for a file that is
@@ -230,13 +242,20 @@ class Inception(nnx.Module):
                 f"{path} is a pickle, which is refused because loading one can run any code; convert it where you "
                 "trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), 'inception.safetensors')"
             )
-        graph, abstract = nnx.split(nnx.eval_shape(lambda: cls(ShapeRngs())))
+        graph, abstract = nnx.split(nnx.eval_shape(lambda: cls(ShapeRngs(), resizing)))
         return nnx.merge(graph, _read(path, abstract))
 
 
-def resize(images: Float[Array, "b h w c"]) -> Float[Array, "b 299 299 c"]:
-    """Bilinear, half-pixel centres, borders repeated, no low-pass filter when shrinking (PyTorch's `interpolate`)."""
+def resize(images: Float[Array, "b h w c"], resizing: str = "bilinear") -> Float[Array, "b 299 299 c"]:
+    """Images in [0, 1] at the size of the network, by one of `RESIZINGS`; half-pixel centres both.
+
+    "bilinear" repeats borders and has no low-pass filter when shrinking (PyTorch's `interpolate`); "clean" is Pillow's
+    bicubic filter, widened when shrinking, and clipped to [0, 1].
+    """
     shape = (images.shape[0], IMAGE_SIZE, IMAGE_SIZE, images.shape[3])
+    if resizing == "clean":
+        # Its products are matrices' too, exact lest a distance depend on the device.
+        return jnp.clip(jax.image.resize(images, shape, "cubic", antialias=True, precision=EXACT), 0, 1)
     return jax.image.resize(images, shape, "bilinear", antialias=False)
 
 

@@ -335,13 +335,13 @@ def make_bench(config: SweepConfig, model: str, seed: int, latents: Path, batch:
     statistics = SourceStatistics.load(folder, pipe.configs.vae.latent_channels)
     prompts = read_prompts(config, seed)
     pipe.sampler(None, config.steps)
-    inception = None if config.inception is None else Inception.load(config.inception)
+    inception = None if config.inception is None else Inception.load(config.inception, config.inception_resizing)
     looks = scenenet, inception
     bench = Bench(config, pipe, codec, statistics, *looks, seed, prompts, latents / f"{folder.name}-{seed}", batch)
     coded = None if codec is None else codec_digest(codec, config.codec)
     digests = {"model": model_digest(pipe), "codec": coded, "prompts": object_digest(prompts.texts)}
     if inception is not None:
-        digests["inception"] = object_digest(nnx.state(inception))
+        digests["inception"] = f"{object_digest(nnx.state(inception))} {config.inception_resizing}"
     return bench, digests
 
 

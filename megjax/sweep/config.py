@@ -24,6 +24,7 @@ from megjax.channel import (
     RicianFading,
 )
 from megjax.configs import require, require_positive_integers
+from megjax.metrics.inception import RESIZINGS
 from megjax.power import POLICIES
 from megjax.runtime import check_seed
 from megjax.system import MODES
@@ -103,6 +104,8 @@ class SweepConfig:
     """Of the uncoded pixels."""
     inception: str | None = None
     """Safetensors file with the Inception weights of FID, for the columns fid and kid; not shipped."""
+    inception_resizing: str = "bilinear"
+    """How images come to the size of Inception: bilinear (the original FID) or clean (as clean-fid)."""
 
     def __post_init__(self):
         require_positive_integers(self, "sweep", ("num_images", "realisations", "num_blocks", "steps"))
@@ -120,6 +123,8 @@ class SweepConfig:
         fits = all(isinstance(steps, int) and 0 <= steps <= self.steps for steps in self.server_steps)
         require(fits, "server_steps", self.server_steps, f"from 0 (all) to steps, {self.steps}")
         require(all(peak > 0 for peak in self.peak_powers), "peak_powers", self.peak_powers, "positive")
+        known = self.inception_resizing in RESIZINGS
+        require(known, "inception_resizing", self.inception_resizing, f"one of {RESIZINGS}")
         require(math.isfinite(self.guidance), "guidance", self.guidance, "finite")
         require(self.metrics in ("image", "latent"), "metrics", self.metrics, "'image' or 'latent'")
         for seed in self.seeds:

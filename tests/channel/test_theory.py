@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import special, stats
+from scipy import integrate, special, stats
 
-from megjax.channel import theory
+from megjax.channel import JakesFading, theory
 from megjax.channel.modulation import MODULATIONS, bits_per_symbol, constellation
 from megjax.channel.special import rice_cdf
 from megjax.channel.transmission import lmmse_error_var
@@ -274,6 +274,29 @@ def test_level_crossings_of_a_simulated_clarke_process():
         upward = (envelope[:, :-1] < threshold) & (envelope[:, 1:] >= threshold)
         rates = upward.sum(axis=1) / ((length - 1) * step)
         within_standard_error(rates, theory.level_crossing_rate_rician(threshold, 1.0, k_factor))
+
+
+@pytest.mark.parametrize("doppler", [0.001, 0.1, 0.4, 2.0])
+@pytest.mark.parametrize("threshold", [0.1, 1.0])
+def test_crossings_between_blocks(threshold, doppler):
+    """Against SciPy's noncentral chi-squared distribution of the next gain, integrated over this one."""
+    r = special.j0(2 * np.pi * doppler) ** 2
+    above = lambda g: np.exp(-g) * stats.ncx2.sf(2 * threshold**2 / (1 - r), 2, 2 * r * g / (1 - r))  # noqa: E731
+    lowest = max(threshold - 12 * np.sqrt((1 - r) / 2), 0) ** 2
+    expected = integrate.quad(above, lowest, threshold**2, epsabs=0, epsrel=1e-9, limit=400)[0]
+    rate = float(theory.block_crossing_rate_rayleigh(threshold, doppler))
+    assert rate == pytest.approx(expected, rel=4e-5)
+    assert rate <= float(theory.level_crossing_rate_rayleigh(threshold, doppler)) * (1 + 1e-4)
+    duration = float(theory.block_fade_duration_rayleigh(threshold, doppler))
+    assert duration == pytest.approx(-np.expm1(-(threshold**2)) / rate, rel=1e-5) and duration >= 1
+
+
+def test_crossings_of_simulated_blocks():
+    doppler, threshold, num = 0.1, 0.5, 64
+    draw = jax.vmap(lambda key: jnp.abs(JakesFading(doppler).sample(key, num)) < threshold)
+    below = np.asarray(jax.jit(draw)(jax.random.split(jax.random.key(3), 4000)))
+    crossings = (below[:, :-1] & ~below[:, 1:]).mean(1)
+    within_standard_error(crossings, theory.block_crossing_rate_rayleigh(threshold, doppler))
 
 
 def test_level_crossing_formulas():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from PIL import Image
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 from torch import nn
@@ -218,6 +219,21 @@ def test_resizing_equals_pytorch(size):
     images = random_images(1, (1, *size, 3))
     expected = torch_resize(torch.from_numpy(images).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(jax.jit(inception.resize)(images), expected, atol=PARITY)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (400, 301)])
+def test_clean_resizing_equals_pillow(size):
+    """As clean-fid does it: every channel in floating point by Pillow's bicubic filter, clipped."""
+    images = np.round(random_images(1, (1, *size, 3)))  # black and white pixels, where the filter overshoots
+    channels = [Image.fromarray(np.ascontiguousarray(images[0, ..., c], np.float32)) for c in range(3)]
+    channels = [channel.resize((299, 299), Image.BICUBIC) for channel in channels]
+    expected = np.clip(np.stack([np.asarray(c) for c in channels], axis=-1), 0, 1)[None]
+    resized = jax.jit(lambda x: inception.resize(x, "clean"))(images)
+    # Places up to 400 pixels in float32 are known to 400 2^-24 = 2e-5 pixels.
+    np.testing.assert_allclose(resized, expected, atol=2e-5)
+    assert np.abs(resized - jax.jit(inception.resize)(images)).max() > 0.1
+    with pytest.raises(ValueError, match="resizing is 'lanczos'; it must be one of"):
+        nnx.eval_shape(lambda: Inception(nnx.Rngs(0), "lanczos"))
 
 
 @pytest.fixture(scope="module")
