@@ -44,10 +44,10 @@ def watch(clock: Clock) -> None:
     """Ticks around every write and rename, in the middle of writes, after every batch and every point."""
     write, replace, bar = pq.write_table, Path.replace, engine.tqdm.update
 
-    def written(table, path):
+    def written(table, path, **options):
         clock.tick()
         clock.tick(lambda: Path(path).write_bytes(b"PAR1 and then nothing"))
-        write(table, path)
+        write(table, path, **options)
         clock.tick()
 
     def replaced(path, target):

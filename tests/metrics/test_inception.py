@@ -229,8 +229,8 @@ def test_clean_resizing_equals_pillow(size):
     channels = [channel.resize((299, 299), Image.BICUBIC) for channel in channels]
     expected = np.clip(np.stack([np.asarray(c) for c in channels], axis=-1), 0, 1)[None]
     resized = jax.jit(lambda x: inception.resize(x, "clean"))(images)
-    # Places up to 400 pixels in float32 are known to 400 2^-24 = 2e-5 pixels.
-    np.testing.assert_allclose(resized, expected, atol=2e-5)
+    # Places up to 400 pixels are known to 400 2^-24 = 2e-5 pixels in float32, and the filter's slope is up to 2.
+    np.testing.assert_allclose(resized, expected, atol=5e-5)
     assert np.abs(resized - jax.jit(inception.resize)(images)).max() > 0.1
     with pytest.raises(ValueError, match="resizing is 'lanczos'; it must be one of"):
         nnx.eval_shape(lambda: Inception(nnx.Rngs(0), "lanczos"))
