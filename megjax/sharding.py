@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import PyTree
 
 from megjax.configs import require
+from megjax.processes import watch_others
 
 AXES = ("data", "fsdp", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
@@ -272,8 +273,9 @@ def start_processes(
 
     It waits up to `startup_seconds` for all of them: a job whose nodes start far apart needs more. If one does not
     come, JAX ends those that wait with a message.
-    A process that is not heard of for `heartbeat_seconds` counts as lost, and JAX ends the others with a message. All
-    processes of a job must give the same. Raises ValueError as `find_processes`, or if devices were used already.
+    A process that is not heard of for `heartbeat_seconds` counts as lost, and the others end with a message that names
+    it (`processes.watch_others`). All processes of a job must give the same. Raises ValueError as `find_processes`, or
+    if devices were used already.
     """
     found = find_processes(coordinator_address, num_processes, process_id)
     if found is None or jax.distributed.is_initialized():
@@ -287,11 +289,12 @@ def start_processes(
             found.process_id,
             cluster_detection_method=method,
             initialization_timeout=startup_seconds,
-            heartbeat_timeout_seconds=heartbeat_seconds,
+            heartbeat_timeout_seconds=2 * heartbeat_seconds,  # so that the message above comes first
         )
     except RuntimeError as error:
         raise ValueError(f"cannot join the other processes: {str(error).splitlines()[0]}") from error
     if threading.current_thread() is threading.main_thread():
         # JAX's preemption service would note a SIGTERM and let the process go on, wherever it is.
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+    watch_others(heartbeat_seconds)
     return found

@@ -44,7 +44,7 @@ LAYERS = {
 # Edges beyond "any lower layer": inside layer 0, and for layer 2, which sees layer 1 only along its arrows.
 ARROWS = {
     "runtime": {"configs", "processes", "sharding"},
-    "sharding": {"configs"},
+    "sharding": {"configs", "processes"},
     "keys": {"configs"},
     "runs": {"configs", "processes"},
     "tables": {"configs"},

@@ -156,7 +156,8 @@ def test_a_lost_process_ends_the_other_and_the_run_goes_on(processes, tmp_path):
     survivor, killed = processes.start_job(train_in_a_command, two, 16)
     killed.finish(-signal.SIGKILL)
     assert survivor.wait() not in (0, -signal.SIGKILL)
-    assert re.search("another process of the job may be lost|another task died", survivor.err), survivor.err[-2000:]
+    told = "process 1 of 2 .from 0. is lost: not heard of for 5 seconds|another process of the job may be lost"
+    assert re.search(told, survivor.err), survivor.err[-2000:]
     assert set(checkpoints(two)) >= {7, 14}
     for process in processes.start_job(train_in_a_command, two):
         process.finish()

@@ -3,6 +3,7 @@
 import functools
 import os
 import random
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -89,10 +90,10 @@ def arguments(tiny_model, tiny_codec, tmp_path):
 
 @pytest.fixture
 def start(processes, arguments, tmp_path):
-    """`start(folder, last)`: the sweep into a folder; `count=2` for a job."""
+    """`start(folder, last)`: the sweep into a folder, by a process or by a list of `job` of them."""
 
-    def started(folder, last=None, *, devices=1, job=False):
-        launch = processes.start_job if job else processes.start
+    def started(folder, last=None, *, devices=1, job=0):
+        launch = functools.partial(processes.start_job, count=job) if job else processes.start
         return launch(sweep, [*arguments, "--output", folder], last, devices, devices=devices, fast_compile=True)
 
     return started
@@ -131,14 +132,17 @@ def test_killed_and_spread_runs_end_with_the_same_table(start, tmp_path):
         assert (killed / path.relative_to(whole)).read_bytes() == path.read_bytes()
     start(spread, devices=8).finish()
     assert_equal_tables(spread, whole)
-    # Of two processes one is killed; the other ends by itself, and two go on from what both have kept.
-    survivor, lost = start(together, 2 * moments // POINTS, devices=4, job=True)
+    # Of two processes one is killed; the other ends by itself, and one, two or three go on from what both have kept.
+    survivor, lost = start(together, 2 * moments // POINTS, devices=4, job=2)
     lost.finish(-signal.SIGKILL)
     assert survivor.wait() not in (0, -signal.SIGKILL)
+    assert "process 1 of 2 (from 0) is lost: not heard of for 5 seconds" in survivor.err, survivor.err[-2000:]
     kept = points(together)
     assert 0 < len(kept) < POINTS
-    for process in start(together, devices=4, job=True):
-        process.finish()
-    assert kept.items() <= points(together).items() and len(points(together)) == POINTS
-    assert_equal_tables(together, whole)
-    assert list(tmp_path.rglob("*.part")) == []
+    for count in (1, 2, 3):
+        folder = shutil.copytree(together, tmp_path / f"again-{count}")
+        for process in start(folder, devices=4, job=count):
+            process.finish()
+        assert kept.items() <= points(folder).items() and len(points(folder)) == POINTS
+        assert_equal_tables(folder, whole)
+    assert [path for path in tmp_path.rglob("*.part") if together not in path.parents] == []
