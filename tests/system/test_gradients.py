@@ -10,6 +10,7 @@ from flax import nnx
 
 from megjax.channel import RayleighFading
 from megjax.power import LoadedPower
+from megjax.units import db_to_linear
 from tests.checks import directional
 
 
@@ -51,3 +52,40 @@ def test_gradients_are_those_of_central_differences(unchecked, make, source):
         found, error = directional(lambda point: loss(point)[0], point, direction, 1e-2)
         assert abs(expected) > 5 * error, name  # there is something to compare
         assert abs(found - expected) < 2 * error, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "form", [("seed", None), ("latent", None), ("centralized", "analog"), ("split", None), ("split", "seed")], ids=str
+)
+def test_gradients_of_links_are_those_of_central_differences(unchecked, make, source, form):
+    """In SNR, powers and gains, of what a link delivers."""
+    simulator = make(*form)
+    link, params = simulator.link, simulator.params["codec"]
+    wanted = source.images if link.result == "images" else source.latents
+    keys = jax.random.split(jax.random.key(5), len(source.latents))
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(point):
+        snr_db, power, size = point
+        gains = size * jnp.exp(1j * jnp.arange(16.0))
+        code = link.code(params, source, snr_db, None)
+        send = lambda key, payload: link.transmit(  # noqa: E731
+            params, key, payload, code.shared, gains, power, db_to_linear(-snr_db)
+        )
+        decoded = link.decode(params, jax.vmap(send)(keys, code.payload), code.shared)
+        latents, level = (decoded.latents, decoded.alpha_bar) if link.result == "noisy" else (decoded, jnp.zeros(1))
+        return jnp.mean(jnp.square(latents - wanted)) + jnp.mean(level)
+
+    rng = np.random.default_rng(6)
+    draw = lambda low, high: jnp.asarray(rng.uniform(low, high, 16), jnp.float32)  # noqa: E731
+    point = jnp.float32(4.0), draw(0.5, 1.5), draw(0.4, 1.6)
+    _, slopes = loss(point)
+    for i, name in enumerate(("snr_db", "power", "gains")):
+        along = [jnp.zeros_like(x) for x in point]
+        along[i] = jnp.float32(5) if name == "snr_db" else draw(0.2, 1.0) * point[i]
+        found, uncertainty = directional(lambda point: loss(point)[0], point, tuple(along), 5e-3)
+        expected = float(jnp.sum(slopes[i] * along[i]))
+        assert abs(found) > 5 * uncertainty, name
+        assert expected == pytest.approx(found, abs=2 * uncertainty), name
