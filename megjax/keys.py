@@ -29,7 +29,7 @@ def threefry(key: Key[Array, "*k"]) -> Key[Array, "*k"]:
     """
     if str(jax.random.key_impl(key)) == THREEFRY:
         return key
-    words = jax.random.key_data(key).astype(jnp.uint32)
+    words = jnp.asarray(jax.random.key_data(key), jnp.uint32)
 
     def one(words):
         made = jax.random.wrap_key_data(words[:2], impl=THREEFRY)

@@ -45,9 +45,9 @@ def test_bad_arguments():
         ({"values": np.zeros(0)}, "values"),
         ({"values": np.zeros(3), "confidence": 95.0}, "confidence"),
         ({"values": np.zeros(3), "num_resamples": 0}, "num_resamples"),
-        ({"values": [1.0, np.nan]}, "values hold NaN or infinities of both signs"),
-        ({"values": [np.inf, -np.inf]}, "values hold NaN or infinities of both signs"),
-        ({"values": np.zeros(3), "weights": [1.0, np.inf, 1.0]}, "weights"),
+        ({"values": np.array([1.0, np.nan])}, "values hold NaN or infinities of both signs"),
+        ({"values": np.array([np.inf, -np.inf])}, "values hold NaN or infinities of both signs"),
+        ({"values": np.zeros(3), "weights": np.array([1.0, np.inf, 1.0])}, "weights"),
     ):
         with pytest.raises(ValueError, match=name):
             bootstrap_interval(**arguments)
@@ -68,7 +68,7 @@ def test_weights_give_the_interval_of_a_ratio():
 
 
 def test_one_image_has_no_interval():
-    assert np.isnan(bootstrap_interval([3.0])).all()
+    assert np.isnan(bootstrap_interval(np.array([3.0]))).all()
     assert np.isnan(bootstrap_interval(np.ones((1, 5)))).all()
 
 
