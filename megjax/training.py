@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from megjax.configs import read_json, require, write_json, write_text
 from megjax.keys import from_seed
+from megjax.optimizers import chain
 from megjax.processes import gather
 from megjax.pytrees import pytree_dataclass
 from megjax.runs import MetricsLog, check_same_run, describe_parameters, newest, read_waiting, write_waiting
@@ -66,9 +67,7 @@ class FitConfig:
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, max(self.warmup_steps, 1), max(self.num_steps, 2)
         )
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip_norm), optax.adamw(schedule, weight_decay=self.weight_decay)
-        )
+        return chain(optax.clip_by_global_norm(self.clip_norm), optax.adamw(schedule, weight_decay=self.weight_decay))
 
 
 @pytree_dataclass

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Key
 
+from megjax.optimizers import chain
 from megjax.power.actor_critic import MLP
 from megjax.power.environment import EnvParams, EnvState, PowerControl, share_of_offset
 from megjax.power.ppo import DEFAULTS
@@ -110,7 +111,7 @@ class Loop:
         return ActorCritic(self.env.observation_space().shape[0], self.hidden, nnx.Rngs(key))
 
     def _optimizer(self) -> optax.GradientTransformation:
-        return optax.chain(optax.clip_by_global_norm(self.clip_norm), optax.adam(DEFAULTS.learning_rate, eps=1e-5))
+        return chain(optax.clip_by_global_norm(self.clip_norm), optax.adam(DEFAULTS.learning_rate, eps=1e-5))
 
     def _reset(self, key, params: EnvParams) -> tuple[Array, EnvState]:
         return jax.vmap(self.env.reset, (0, None))(jax.random.split(key, self.num_envs), params)

@@ -191,7 +191,7 @@ class SeedNetwork(nnx.Module):
         """Power that the codec wants for each value, up to a factor; the logarithms are interpolated over the grid."""
         row, column = self.position(snr_db, num_symbols)
         weights = tuple(
-            jax.nn.relu(1 - jnp.abs(x - jnp.arange(size)))
+            jax.nn.relu(1 - jnp.abs(x - jnp.arange(size, dtype=jnp.float32)))
             for x, size in zip((row, column), self.load_logits.shape[:2], strict=True)
         )
         logits = jnp.einsum("s,r,srn->n", *weights, self.load_logits[...], precision=EXACT)
@@ -249,4 +249,5 @@ class SeedNetwork(nnx.Module):
 
     def _features(self, row: Array, column: Array) -> Float[Array, "b 2"]:
         sizes = self.config.snr_steps - 1, self.config.rate_steps - 1
-        return jnp.stack([4.0 * row / sizes[0] - 2.0, 4.0 * column / sizes[1] - 2.0], axis=-1).astype(jnp.float32)
+        places = (x.astype(jnp.float32) for x in (row, column))
+        return jnp.stack([4.0 * x / size - 2.0 for x, size in zip(places, sizes, strict=True)], axis=-1)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from megjax.configs import require, require_positive_integers
 from megjax.keys import threefry
+from megjax.optimizers import chain
 from megjax.power.actor_critic import ActorCritic, ActorCriticConfig, LearnedPower
 from megjax.power.environment import EnvParams, EnvState, Episode, PowerControl, observation, share_of_offset
 from megjax.precision import exact_matmul
@@ -187,7 +188,7 @@ class PPO:
         return LearnedPower(self.network, graph, weights, state.moments.mean, std, params.table)
 
     def _optimizer(self) -> optax.GradientTransformation:
-        return optax.chain(optax.clip_by_global_norm(self.config.clip_norm), optax.scale_by_adam(eps=1e-5))
+        return chain(optax.clip_by_global_norm(self.config.clip_norm), optax.scale_by_adam(eps=1e-5))
 
     def _rollout(self, model, moments: Moments, episode_key, action_key, params: EnvParams) -> Rollout:
         num, env = self.config.num_envs, self.env

@@ -10,6 +10,7 @@ from flax import nnx
 from megjax.channel import MAPPINGS
 from megjax.codec import SeedCodecConfig, fitting, link
 from megjax.codec.fitting import Conditions
+from megjax.optimizers import chain
 from tests.checks import STANDARD_ERRORS, assert_equal_trees, within_standard_error
 from tests.products import inexact_products
 
@@ -58,7 +59,7 @@ def nmse_db(data, value_and_grad):
 
 def test_training_learns(plain, data, value_and_grad, nmse_db):
     """The start is the best linear scheme; twelve patterns leave it far from the best of all."""
-    optimizer, params = optax.adam(1e-2), plain.params
+    optimizer, params = chain(optax.adam(1e-2)), plain.params
     opt_state = jax.jit(optimizer.init)(params)
 
     @jax.jit

@@ -11,6 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from megjax.metrics import SceneNet, SceneNetConfig, scenenet
+from megjax.optimizers import chain
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 TINY = SceneNetConfig(image_size=32, widths=(8, 8, 8, 8), num_classes=(4, 3, 4, 3, 5, 2), feature_dim=16, num_groups=4)
@@ -60,7 +61,7 @@ def test_learns(model):
     images, labels = images_and_labels()
     mask = scenenet.slot_mask(labels)
     graph, params = nnx.split(model, nnx.Param)
-    optimizer = optax.adam(3e-3)
+    optimizer = chain(optax.adam(3e-3))
 
     @jax.jit
     def step(params, opt_state):
