@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, DTypeLike, Float, Int
 
 from megjax.configs import require, require_positive_integers
+from megjax.diffusion.layers import LayerNorm
 from megjax.precision import EXACT, exact_matmul
 
 LOG_SNR_SCALE = 7.0
@@ -93,7 +94,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: SeedCodecConfig, condition: int, rngs: nnx.Rngs):
         width, dtype = config.width, config.dtype
-        self.norm = nnx.LayerNorm(width, epsilon=EPSILON, use_scale=False, use_bias=False, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(width, epsilon=EPSILON, use_scale=False, use_bias=False, dtype=dtype, rngs=rngs)
         self.modulation = nnx.Linear(condition, 3 * width, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
         self.up = nnx.Linear(width, config.hidden, dtype=dtype, rngs=rngs)
         self.down = nnx.Linear(config.hidden, width, dtype=dtype, rngs=rngs)
@@ -121,7 +122,7 @@ class Trunk(nnx.Module):
         self.condition_out = nnx.Linear(self.CONDITION, self.CONDITION, dtype=dtype, rngs=rngs)
         self.inputs = nnx.Linear(inputs, config.width, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List([Block(config, self.CONDITION, rngs) for _ in range(blocks)])
-        self.norm = nnx.LayerNorm(config.width, epsilon=EPSILON, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(config.width, epsilon=EPSILON, dtype=dtype, rngs=rngs)
         self.gate = nnx.Linear(self.CONDITION, config.width, kernel_init=zeros, dtype=dtype, rngs=rngs)
         self.outputs = nnx.Linear(config.width, config.tile_values, kernel_init=zeros, dtype=dtype, rngs=rngs)
 

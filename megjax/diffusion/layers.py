@@ -153,9 +153,18 @@ def linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs, *, use_bias: bool =
     return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, rngs=rngs)
 
 
-def layer_norm(features: int, eps: float, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+class LayerNorm(nnx.LayerNorm):
+    """Flax's layer normalisation, which takes half precision to float32 for its moments."""
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        # By implicit promotion, which flax asks for whatever the types are.
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x)
+
+
+def layer_norm(features: int, eps: float, dtype, rngs: nnx.Rngs) -> LayerNorm:
     """Layer normalisation; its moments are float32 whatever `dtype` is."""
-    return nnx.LayerNorm(features, epsilon=eps, dtype=dtype, rngs=rngs)
+    return LayerNorm(features, epsilon=eps, dtype=dtype, rngs=rngs)
 
 
 def norm_silu_conv(norm: GroupNorm, conv: Conv3x3 | NarrowConv, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:

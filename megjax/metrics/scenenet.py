@@ -133,7 +133,8 @@ def loss(
         -jnp.take_along_axis(jax.nn.log_softmax(scores), labels[:, i, None], axis=-1)[:, 0]
         for i, scores in enumerate(logits)
     ]
-    return jnp.sum(jnp.stack(losses, axis=-1) * mask) / jnp.maximum(jnp.sum(mask), 1)
+    counted = mask.astype(jnp.float32)
+    return jnp.sum(jnp.stack(losses, axis=-1) * counted) / jnp.maximum(jnp.sum(counted), 1)
 
 
 def labels_from_logits(logits: tuple[Float[Array, "b _"], ...]) -> Int[Array, "b a"]:
