@@ -90,7 +90,8 @@ class SceneNet(nnx.Module):
         x = 2 * images - 1
         for block in self.blocks:
             x = block(x)
-        x = nnx.avg_pool(x, (2, 2), strides=(2, 2))
+        with jax.numpy_dtype_promotion("standard"):  # flax divides by an integer
+            x = nnx.avg_pool(x, (2, 2), strides=(2, 2))
         return self.dense(x.reshape(x.shape[0], -1))
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b f"], tuple[Float[Array, "b n"], ...]]:
