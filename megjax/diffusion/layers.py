@@ -157,7 +157,7 @@ class LayerNorm(nnx.LayerNorm):
     """Flax's layer normalisation, which takes half precision to float32 for its moments."""
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        # By implicit promotion, which flax asks for whatever the types are.
+        # By implicit promotion.
         with jax.numpy_dtype_promotion("standard"):
             return super().__call__(x)
 
