@@ -15,10 +15,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Key
 
-from megjax.optimizers import chain
 from megjax.power.actor_critic import MLP
 from megjax.power.environment import EnvParams, EnvState, PowerControl, share_of_offset
 from megjax.power.ppo import DEFAULTS
+from megjax.precision import promoting
 
 NAME = "PureJaxRL-style loop"
 _LOG_2PI = float(np.log(2 * np.pi))
@@ -89,12 +89,12 @@ class Loop:
         value = nnx.merge(graph, state.params)(obs)[2]
         advantages, targets = gae(batch, value, DEFAULTS.gae_lambda)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch, advantages, targets))
-        optimizer = self._optimizer()
+        optimize = promoting(self._optimizer().update)  # Adam raises a float to an integer power
 
         def minibatch(carry, part):
             weights, opt_state = carry
             loss, grads = jax.value_and_grad(lambda w: ppo_loss(nnx.merge(graph, w), *part))(weights)
-            updates, opt_state = optimizer.update(grads, opt_state)
+            updates, opt_state = optimize(grads, opt_state)
             return (optax.apply_updates(weights, updates), opt_state), loss
 
         def epoch(carry, key):
@@ -111,7 +111,7 @@ class Loop:
         return ActorCritic(self.env.observation_space().shape[0], self.hidden, nnx.Rngs(key))
 
     def _optimizer(self) -> optax.GradientTransformation:
-        return chain(optax.clip_by_global_norm(self.clip_norm), optax.adam(DEFAULTS.learning_rate, eps=1e-5))
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), optax.adam(DEFAULTS.learning_rate, eps=1e-5))
 
     def _reset(self, key, params: EnvParams) -> tuple[Array, EnvState]:
         return jax.vmap(self.env.reset, (0, None))(jax.random.split(key, self.num_envs), params)

@@ -10,8 +10,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, DTypeLike, Float, Int
 
 from megjax.configs import require, require_positive_integers
-from megjax.diffusion.layers import LayerNorm
-from megjax.precision import EXACT, exact_matmul
+from megjax.precision import EXACT, exact_matmul, promoting
 
 LOG_SNR_SCALE = 7.0
 EPSILON = 1e-6
@@ -83,6 +82,12 @@ class SeedCodecConfig:
     def rate_grid(self) -> np.ndarray:
         """Compression ratios r of the grid, 1 first."""
         return 2.0 ** np.linspace(0.0, self.max_log2_rate, self.rate_steps)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Flax's layer normalisation, which promotes half precision to float32 inside."""
+
+    __call__ = promoting(nnx.LayerNorm.__call__)
 
 
 class Block(nnx.Module):

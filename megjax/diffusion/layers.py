@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from megjax.diffusion import strips
 from megjax.diffusion.winograd import pad, winograd
+from megjax.precision import promoting
 
 
 class Identity(nnx.Module):
@@ -154,12 +155,9 @@ def linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs, *, use_bias: bool =
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Flax's layer normalisation, which takes half precision to float32 for its moments."""
+    """Flax's layer normalisation, which promotes half precision to float32 inside."""
 
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        # By implicit promotion.
-        with jax.numpy_dtype_promotion("standard"):
-            return super().__call__(x)
+    __call__ = promoting(nnx.LayerNorm.__call__)
 
 
 def layer_norm(features: int, eps: float, dtype, rngs: nnx.Rngs) -> LayerNorm:

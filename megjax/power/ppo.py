@@ -20,10 +20,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from megjax.configs import require, require_positive_integers
 from megjax.keys import threefry
-from megjax.optimizers import chain
 from megjax.power.actor_critic import ActorCritic, ActorCriticConfig, LearnedPower
 from megjax.power.environment import EnvParams, EnvState, Episode, PowerControl, observation, share_of_offset
-from megjax.precision import exact_matmul
+from megjax.precision import exact_matmul, promoting
 from megjax.units import linear_to_db
 
 SNR_BINS, STD_FLOOR = 8, 1e-3
@@ -159,13 +158,13 @@ class PPO:
         clip = state.hyper.clip * (1 - (1 - config.final_clip) * done)
         entropy = state.hyper.entropy * (1 - done)
         rate = state.hyper.learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * done))
-        optimizer = self._optimizer()
+        optimize = promoting(self._optimizer().update)  # Adam raises a float to an integer power
 
         def minibatch(carry, part):
             weights, opt_state = carry
             loss = lambda w: self._loss(w, state.moments, part, clip, entropy, state.hyper.value_weight)  # noqa: E731
             (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(weights)
-            updates, opt_state = optimizer.update(grads, opt_state)
+            updates, opt_state = optimize(grads, opt_state)
             weights = jax.tree.map(lambda w, u: w - rate * u, weights, updates)
             return (weights, opt_state), metrics
 
@@ -188,7 +187,7 @@ class PPO:
         return LearnedPower(self.network, graph, weights, state.moments.mean, std, params.table)
 
     def _optimizer(self) -> optax.GradientTransformation:
-        return chain(optax.clip_by_global_norm(self.config.clip_norm), optax.scale_by_adam(eps=1e-5))
+        return optax.chain(optax.clip_by_global_norm(self.config.clip_norm), optax.scale_by_adam(eps=1e-5))
 
     def _rollout(self, model, moments: Moments, episode_key, action_key, params: EnvParams) -> Rollout:
         num, env = self.config.num_envs, self.env

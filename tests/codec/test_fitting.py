@@ -10,7 +10,7 @@ from flax import nnx
 from megjax.channel import MAPPINGS
 from megjax.codec import SeedCodecConfig, fitting, link
 from megjax.codec.fitting import Conditions
-from megjax.optimizers import chain
+from megjax.precision import promoting
 from tests.checks import STANDARD_ERRORS, assert_equal_trees, within_standard_error
 from tests.products import inexact_products
 
@@ -59,12 +59,12 @@ def nmse_db(data, value_and_grad):
 
 def test_training_learns(plain, data, value_and_grad, nmse_db):
     """The start is the best linear scheme; twelve patterns leave it far from the best of all."""
-    optimizer, params = chain(optax.adam(1e-2)), plain.params
+    optimizer, params = optax.adam(1e-2), plain.params
     opt_state = jax.jit(optimizer.init)(params)
 
     @jax.jit
     def update(params, opt_state, gradients):
-        updates, opt_state = optimizer.update(gradients, opt_state)
+        updates, opt_state = promoting(optimizer.update)(gradients, opt_state)
         return optax.apply_updates(params, updates), opt_state
 
     for key in keys(9, 30):
