@@ -18,7 +18,6 @@ from jax.experimental.pallas.ops.tpu import flash_attention as flash
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from megjax.precision import promoting
 from megjax.sharding import RULES
 
 MANY_LOGITS = 2**18
@@ -36,8 +35,10 @@ Longer blocks of queries read keys and values less often; for heads of more than
 """
 
 
-dot_product = promoting(jax.nn.dot_product_attention)
-"""Half precision meets float32 inside."""
+def dot_product(query, key, value, **options):
+    """`jax.nn.dot_product_attention`, inside which half precision meets float32 by implicit promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(query, key, value, **options)
 
 
 def attend(
