@@ -156,7 +156,7 @@ def gae(batch: Transition, last_value: Array, gae_lambda: float) -> tuple[Array,
 
     def back(carry, row):
         later, following = carry
-        going = 1.0 - row.done
+        going = 1.0 - row.done.astype(jnp.float32)
         later = row.reward + following * going - row.value + gae_lambda * going * later
         return (later, row.value), later
 

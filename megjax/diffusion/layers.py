@@ -55,8 +55,9 @@ class GroupNorm(nnx.Module):
         mean = x.mean((1, 2)).reshape(batch, self.num_groups, per_group).mean(-1)
         square = jnp.square(x).mean((1, 2)).reshape(batch, self.num_groups, per_group).mean(-1)
         inverse = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + self.eps)
-        slope = jnp.repeat(inverse, per_group, axis=1) * self.scale[None]
-        return slope, self.bias[None] - jnp.repeat(mean, per_group, axis=1) * slope
+        scale, bias = (value[None].astype(jnp.float32) for value in (self.scale, self.bias))
+        slope = jnp.repeat(inverse, per_group, axis=1) * scale
+        return slope, bias - jnp.repeat(mean, per_group, axis=1) * slope
 
     def apply(
         self, x: Float[Array, "b h w c"], slope: Float[Array, "b c"], offset: Float[Array, "b c"]
