@@ -69,8 +69,9 @@ def estimate_gains(
     check_noise_var(noise_var)
     pilots = [("pilot_power", pilot_power), ("num_pilots", num_pilots), ("noise_var", noise_var)]
     snr = _pilot_snr(*(scalar(name, value) for name, value in pilots))
-    noise = safe_sqrt(snr).astype(jnp.complex64) * complex_normal(key, gains.shape)
-    return (snr.astype(jnp.complex64) * gains + noise) / (1 + snr).astype(jnp.complex64)
+    matched = snr.astype(jnp.complex64) * gains
+    matched = matched + safe_sqrt(snr).astype(jnp.complex64) * complex_normal(key, gains.shape)
+    return matched / (1 + snr).astype(jnp.complex64)
 
 
 def delayed_gains(gains: Complex[Array, " n"], delay_blocks: int) -> tuple[Complex[Array, " t"], Complex[Array, " t"]]:

@@ -49,8 +49,8 @@ def equalize_lmmse(
     Raises ValueError, outside jit, unless noise_var > 0.
     """
     check_noise_var(noise_var)
-    received_power = power * squared_magnitude(gains) + noise_var
-    weight = safe_sqrt(power).astype(jnp.complex64) * jnp.conj(gains) / received_power.astype(jnp.complex64)
+    weight = safe_sqrt(power).astype(jnp.complex64) * jnp.conj(gains)
+    weight = weight / (power * squared_magnitude(gains) + noise_var).astype(jnp.complex64)
     return weight[:, None] * received
 
 
