@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from megjax.configs import read_json, require, write_json, write_text
 from megjax.keys import from_seed
+from megjax.precision import promoting
 from megjax.processes import gather
 from megjax.pytrees import pytree_dataclass
 from megjax.runs import MetricsLog, check_same_run, describe_parameters, newest, read_waiting, write_waiting
@@ -173,7 +174,8 @@ def make_step(config: FitConfig, loss_fn: LossFn) -> Callable[[FitState, PyTree,
     def step(state: FitState, data: PyTree, key: Key[Array, ""]):
         step_key = jax.random.fold_in(key, state.step)
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, data, step_key)
-        updates, opt_state = config.optimizer.update(grads, state.opt_state, state.params)
+        # Adam raises a float to an integer power.
+        updates, opt_state = promoting(config.optimizer.update)(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         count = state.step.astype(jnp.float32)
         decay = jnp.minimum(config.ema_decay, (1.0 + count) / (10.0 + count))

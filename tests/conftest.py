@@ -37,6 +37,7 @@ def pytest_configure(config):
     adopt_orphans()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the tests as Ctrl-C does, what they started first
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
     if hasattr(jax.config, "jax_debug_key_reuse"):  # experimental: not promised by every JAX
         jax.config.update("jax_debug_key_reuse", True)
 

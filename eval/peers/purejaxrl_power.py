@@ -18,6 +18,7 @@ from jaxtyping import Array, Key
 from megjax.power.actor_critic import MLP
 from megjax.power.environment import EnvParams, EnvState, PowerControl, share_of_offset
 from megjax.power.ppo import DEFAULTS
+from megjax.precision import promoting
 
 NAME = "PureJaxRL-style loop"
 _LOG_2PI = float(np.log(2 * np.pi))
@@ -88,12 +89,12 @@ class Loop:
         value = nnx.merge(graph, state.params)(obs)[2]
         advantages, targets = gae(batch, value, DEFAULTS.gae_lambda)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (batch, advantages, targets))
-        optimizer = self._optimizer()
+        optimize = promoting(self._optimizer().update)  # Adam raises a float to an integer power
 
         def minibatch(carry, part):
             weights, opt_state = carry
             loss, grads = jax.value_and_grad(lambda w: ppo_loss(nnx.merge(graph, w), *part))(weights)
-            updates, opt_state = optimizer.update(grads, opt_state)
+            updates, opt_state = optimize(grads, opt_state)
             return (optax.apply_updates(weights, updates), opt_state), loss
 
         def epoch(carry, key):
@@ -155,7 +156,7 @@ def gae(batch: Transition, last_value: Array, gae_lambda: float) -> tuple[Array,
 
     def back(carry, row):
         later, following = carry
-        going = 1.0 - row.done
+        going = 1.0 - row.done.astype(jnp.float32)
         later = row.reward + following * going - row.value + gae_lambda * going * later
         return (later, row.value), later
 

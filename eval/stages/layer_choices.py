@@ -129,7 +129,7 @@ def cases(
         split = lambda x, heads=heads: x.reshape(*x.shape[:2], heads, -1)  # noqa: E731
 
         def whole(*args, split=split, **options):
-            return jax.nn.dot_product_attention(*map(split, args), **options).reshape(args[0].shape)
+            return attention.dot_product(*map(split, args), **options).reshape(args[0].shape)
 
         def no_maximum(*args, split=split):
             return attend_without_maximum(*map(split, args)).reshape(args[0].shape)

@@ -67,7 +67,7 @@ class JakesFading:
         angle_key, path_key = split(key)
         sector = np.arange(self.num_paths, dtype=np.float32)
         angles = np.float32(math.pi / self.num_paths) * (sector + uniform(angle_key, (self.num_paths,)))
-        paths = complex_normal(path_key, (self.num_paths,)) * np.float32(self.num_paths**-0.5)
+        paths = complex_normal(path_key, (self.num_paths,)) * np.complex64(self.num_paths**-0.5)
         # Block t = q r + s turns by q r, then by s: M (T / r + r) rotations and a small matrix product make M T terms.
         stride = math.isqrt(num_blocks - 1) + 1
         turns = doppler * jnp.cos(angles)
@@ -98,7 +98,8 @@ class GaussMarkovFading:
         """Gains [t] of consecutive blocks, stationary from the first."""
         check_count("num_blocks", num_blocks)
         rho = scalar("rho", self.rho)
-        innovation = safe_sqrt((1 - rho) * (1 + rho))
+        innovation = safe_sqrt((1 - rho) * (1 + rho)).astype(jnp.complex64)
+        rho = rho.astype(jnp.complex64)
         noise = complex_normal(key, (num_blocks,))
 
         def advance(gain, noise):

@@ -69,7 +69,9 @@ def estimate_gains(
     check_noise_var(noise_var)
     pilots = [("pilot_power", pilot_power), ("num_pilots", num_pilots), ("noise_var", noise_var)]
     snr = _pilot_snr(*(scalar(name, value) for name, value in pilots))
-    return (snr * gains + safe_sqrt(snr) * complex_normal(key, gains.shape)) / (1 + snr)
+    matched = snr.astype(jnp.complex64) * gains
+    matched = matched + safe_sqrt(snr).astype(jnp.complex64) * complex_normal(key, gains.shape)
+    return matched / (1 + snr).astype(jnp.complex64)
 
 
 def delayed_gains(gains: Complex[Array, " n"], delay_blocks: int) -> tuple[Complex[Array, " t"], Complex[Array, " t"]]:
@@ -95,7 +97,8 @@ def outdated_gains(key: Key[Array, ""], gains: Complex[Array, " t"], correlation
     """
     check("correlation", correlation, "a real number from -1 to 1", lambda rho: np.abs(rho) <= 1)
     rho = scalar("correlation", correlation)
-    return rho * gains + safe_sqrt((1 - rho) * (1 + rho)) * complex_normal(key, gains.shape)
+    innovation = safe_sqrt((1 - rho) * (1 + rho)).astype(jnp.complex64)
+    return rho.astype(jnp.complex64) * gains + innovation * complex_normal(key, gains.shape)
 
 
 def effective_noise_var(

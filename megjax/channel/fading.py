@@ -87,8 +87,8 @@ class RicianFading:
         if self.random_phase:
             key, phase_key = split(key)
             direction = direction * unit_phasor(phase_key, ())
-        line_of_sight = safe_sqrt(k_factor / (1 + k_factor)) * direction
-        return line_of_sight + jax.lax.rsqrt(1 + k_factor) * complex_normal(key, (num_blocks,))
+        line_of_sight = safe_sqrt(k_factor / (1 + k_factor)).astype(jnp.complex64) * direction
+        return line_of_sight + jax.lax.rsqrt(1 + k_factor).astype(jnp.complex64) * complex_normal(key, (num_blocks,))
 
 
 @channel_model
@@ -113,7 +113,7 @@ class NakagamiFading:
         gamma_key, phase_key = split(key)
         # The logarithm keeps deep fades, whose power rounds to 0 for small m, and gives them a finite gradient.
         log_power = jax.random.loggamma(gamma_key, m, (num_blocks,), jnp.float32) - jnp.log(m)
-        return jnp.exp(log_power / 2) * unit_phasor(phase_key, (num_blocks,))
+        return jnp.exp(log_power / 2).astype(jnp.complex64) * unit_phasor(phase_key, (num_blocks,))
 
 
 @channel_model
@@ -147,4 +147,5 @@ class ShadowedFading:
         fading_key, shadow_key = split(key)
         mean_db = jnp.square(sigma_db) * (math.log(10) / 20)
         shadowing_db = sigma_db * jax.random.normal(shadow_key, (), jnp.float32) - mean_db
-        return units.db_to_linear(shadowing_db / 2) * self.fading.sample(fading_key, num_blocks)
+        shadowing = units.db_to_linear(shadowing_db / 2).astype(jnp.complex64)
+        return shadowing * self.fading.sample(fading_key, num_blocks)

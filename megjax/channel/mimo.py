@@ -99,7 +99,7 @@ def svd_gain(channel: Complex[Array, "r n"]) -> Float[Array, ""]:
 
 def mrc_beam(channel: Complex[Array, " r"]) -> Complex[Array, " r"]:
     """Receive beam w = h / ||h||, for which w^H h = ||h||."""
-    return channel / jnp.maximum(mrc_gain(channel), _TINY)
+    return channel / jnp.maximum(mrc_gain(channel), _TINY).astype(jnp.complex64)
 
 
 def mrt_beam(channel: Complex[Array, " n"]) -> Complex[Array, " n"]:
@@ -120,7 +120,7 @@ def svd_beams(
     wide = _wide(channel)
     short, eigenvalue = _dominant_eigenvector(wide)
     gain = safe_sqrt(eigenvalue)
-    long = jnp.sum(jnp.conj(wide) * short[:, None], axis=0) / jnp.maximum(gain, _TINY)
+    long = jnp.sum(jnp.conj(wide) * short[:, None], axis=0) / jnp.maximum(gain, _TINY).astype(jnp.complex64)
     if channel.shape[0] <= channel.shape[1]:
         return long, short, gain
     return short, long, gain
@@ -156,7 +156,8 @@ def capacity(channel: Complex[Array, "r n"], snr: Float[ArrayLike, ""]) -> Float
         row, rows = rows[0], rows[1:]
         excess = jnp.sum(weights * squared_magnitude(row))
         bits = bits + jnp.log1p(excess) / np.float32(math.log(2))
-        projection = jnp.sum(weights[None] * rows * jnp.conj(row)[None], axis=1) / (1 + excess)
+        weighted = weights[None].astype(jnp.complex64) * rows
+        projection = jnp.sum(weighted * jnp.conj(row)[None], axis=1) / (1 + excess).astype(jnp.complex64)
         rows = rows - projection[:, None] * row.at[i].set(1)[None]
     return bits
 
@@ -172,12 +173,12 @@ def capacity_waterfilling(channel: Complex[Array, "r n"], snr: Float[ArrayLike, 
     eigenvalues = jnp.maximum(_eigenvalues(_wide(channel)), _TINY)
     floors = 1 / eigenvalues
     modes = jnp.arange(1, floors.shape[0] + 1)
-    levels = (jnp.asarray(snr, jnp.float32) + jnp.cumsum(floors)) / modes
+    levels = (jnp.asarray(snr, jnp.float32) + jnp.cumsum(floors)) / modes.astype(jnp.float32)
     active = jnp.maximum(jnp.sum(levels > floors), 1)
     on = modes <= active
     # The power of a mode, mu - 1/lambda_i, in differences that keep it at low SNR.
     differences = jnp.where(on[None], floors[None] - floors[:, None], 0.0)
-    powers = (jnp.asarray(snr, jnp.float32) + jnp.sum(differences, axis=1)) / active
+    powers = (jnp.asarray(snr, jnp.float32) + jnp.sum(differences, axis=1)) / active.astype(jnp.float32)
     return jnp.sum(jnp.log1p(jnp.where(on, powers * eigenvalues, 0.0))) / np.float32(math.log(2))
 
 
@@ -264,7 +265,7 @@ def _dominant_eigenvector(wide: Complex[Array, "a b"]) -> tuple[Complex[Array, "
         squared = jnp.sum(squared_magnitude(vector))
         distinct = squared > 0
         vector = jnp.where(distinct, vector, jnp.array([1, 0], jnp.complex64))
-        vector = vector / jnp.sqrt(jnp.where(distinct, squared, 1.0))
+        vector = vector / jnp.sqrt(jnp.where(distinct, squared, 1.0)).astype(jnp.complex64)
     else:
         values, vectors = jnp.linalg.eigh(_gram(wide))
         vector, value = vectors[:, -1], values[-1]
@@ -286,7 +287,8 @@ def _opposite_phase(value: Complex[Array, ""]) -> Complex[Array, ""]:
     """conj(value) / |value|, and 1 for 0."""
     squared = squared_magnitude(value)
     known = squared > 0
-    return jnp.where(known, jnp.conj(value) / jnp.sqrt(jnp.where(known, squared, 1.0)), jnp.complex64(1))
+    magnitude = jnp.sqrt(jnp.where(known, squared, 1.0)).astype(jnp.complex64)
+    return jnp.where(known, jnp.conj(value) / magnitude, jnp.complex64(1))
 
 
 def _check_snr(snr: ArrayLike) -> None:

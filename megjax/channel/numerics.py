@@ -43,7 +43,7 @@ def cubic_interpolation(table: Float[Array, " n"], place: Float[Array, "*s"]) ->
         for values in (table, slopes)
         for i in (index, index + 1)
     )
-    t = place - index
+    t = place - index.astype(place.dtype)
     step = right - left
     return left + t * (rise + t * (3 * step - 2 * rise - fall + t * (rise + fall - 2 * step)))
 

@@ -164,13 +164,13 @@ def _centred_moments(leaf: Array, valid: Bool[Array, " n"]) -> tuple[Array, Arra
     leaf = leaf.astype(jnp.complex64 if jnp.iscomplexobj(leaf) else jnp.float32)
     used = valid.reshape(-1, *(1,) * (leaf.ndim - 1))
     count = jnp.maximum(jnp.sum(valid), 1).astype(jnp.float32)
-    mean = _grouped_sum(jnp.where(used, leaf, 0)) / count
+    mean = _grouped_sum(jnp.where(used, leaf, 0)) / count.astype(leaf.dtype)
     deviation = jnp.where(used, leaf - mean[None], 0)
     # |x - mean|^2 of what rounding left of the mean is taken off, so that a rough mean does no harm.
     rest = _grouped_sum(deviation)
     squares = jnp.square(deviation.real) + jnp.square(deviation.imag)
     scatter = _grouped_sum(squares) - (jnp.square(rest.real) + jnp.square(rest.imag)) / count
-    return mean + rest / count, scatter
+    return mean + rest / count.astype(leaf.dtype), scatter
 
 
 def _grouped_sum(leaf: Array) -> Array:

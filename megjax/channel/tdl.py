@@ -120,12 +120,12 @@ def _clarke(
     a complex one.
     """
     if n == 1:
-        return complex_normal(key, (1, amplitudes.size)) * amplitudes.astype(np.float32)[None]
+        return complex_normal(key, (1, amplitudes.size)) * amplitudes.astype(np.complex64)[None]
     turn_key, path_key = split(key)
     pairs = np.arange(num_paths // 2, dtype=np.float32)
     angles = (2 * math.pi / num_paths) * (pairs + uniform(turn_key, ()))
     waves = jnp.concatenate(rotation(turns * jnp.cos(angles), range(n)))
-    scale = (math.sqrt(2 / num_paths) * amplitudes).astype(np.float32)
+    scale = (math.sqrt(2 / num_paths) * amplitudes).astype(np.complex64)
     paths = complex_normal(path_key, (amplitudes.size, num_paths)) * scale[:, None]
     real, imag = (exact_matmul(part, waves) for part in (paths.real, paths.imag))
     return jax.lax.complex(real, imag).T

@@ -32,7 +32,8 @@ def transmit(
     check("power", power, "finite and 0 or more", lambda p: p >= 0)
     check("noise_var", noise_var, "finite and 0 or more", lambda var: var >= 0)
     noise = complex_normal(key, symbols.shape)
-    return (safe_sqrt(power) * gains)[:, None] * symbols + jnp.sqrt(noise_var) * noise
+    amplitude, noise_std = safe_sqrt(power).astype(jnp.complex64), jnp.sqrt(noise_var).astype(jnp.complex64)
+    return (amplitude * gains)[:, None] * symbols + noise_std * noise
 
 
 def equalize_lmmse(
@@ -48,7 +49,8 @@ def equalize_lmmse(
     Raises ValueError, outside jit, unless noise_var > 0.
     """
     check_noise_var(noise_var)
-    weight = safe_sqrt(power) * jnp.conj(gains) / (power * squared_magnitude(gains) + noise_var)
+    weight = safe_sqrt(power).astype(jnp.complex64) * jnp.conj(gains)
+    weight = weight / (power * squared_magnitude(gains) + noise_var).astype(jnp.complex64)
     return weight[:, None] * received
 
 
@@ -61,7 +63,7 @@ def equalize_zf(
     """
     magnitude = squared_magnitude(gains)
     usable = (power > 0) & (magnitude > 0)
-    weight = jnp.conj(gains) / jnp.where(usable, safe_sqrt(power) * magnitude, 1.0)
+    weight = jnp.conj(gains) / jnp.where(usable, safe_sqrt(power) * magnitude, 1.0).astype(jnp.complex64)
     return jnp.where(usable, weight, 0)[:, None] * received
 
 

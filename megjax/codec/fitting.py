@@ -82,7 +82,7 @@ def draw_conditions(key: Key[Array, ""], conditions: Conditions, num_values: int
     if conditions.snr_db is None:
         low, high = conditions.min_snr_db, conditions.max_snr_db
         snr_db = jax.random.uniform(keys[3], groups, jnp.float32, low, high)
-        energy_db = linear_to_db(num_values / (2.0 * num_symbols))
+        energy_db = linear_to_db(num_values / (2.0 * num_symbols.astype(jnp.float32)))
         snr_db = snr_db + jnp.where(conditions.equal_energy & (kinds[1] < 0.5), energy_db, 0.0)
     else:
         snr_db = jnp.full(groups, conditions.snr_db, jnp.float32)

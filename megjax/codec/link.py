@@ -72,7 +72,7 @@ def split_load(
     Both depend on what `spend` depends on, rate and SNR, and never on the data.
     """
     sent = (jnp.arange(spend.shape[0]) < 2 * num_symbols).astype(jnp.float32)
-    member = (block[:, None] == jnp.arange(num_blocks)[None]) * sent[:, None]
+    member = (block[:, None] == jnp.arange(num_blocks)[None]).astype(jnp.float32) * sent[:, None]
     mean = jnp.maximum((spend[:, None] * member).sum(0), 1e-30) / member.sum(0)
     return Spending(mean / mean.mean(), sent * spend / mean[block])
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, DTypeLike, Float, Int
 
 from megjax.configs import require, require_positive_integers
-from megjax.precision import EXACT, exact_matmul
+from megjax.precision import EXACT, exact_matmul, promoting
 
 LOG_SNR_SCALE = 7.0
 EPSILON = 1e-6
@@ -84,6 +84,12 @@ class SeedCodecConfig:
         return 2.0 ** np.linspace(0.0, self.max_log2_rate, self.rate_steps)
 
 
+class LayerNorm(nnx.LayerNorm):
+    """Flax's layer normalisation, which promotes half precision to float32 inside."""
+
+    __call__ = promoting(nnx.LayerNorm.__call__)
+
+
 class Block(nnx.Module):
     """Residual perceptron of every tile, modulated by the condition; several tiles first mix across themselves.
 
@@ -93,7 +99,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: SeedCodecConfig, condition: int, rngs: nnx.Rngs):
         width, dtype = config.width, config.dtype
-        self.norm = nnx.LayerNorm(width, epsilon=EPSILON, use_scale=False, use_bias=False, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(width, epsilon=EPSILON, use_scale=False, use_bias=False, dtype=dtype, rngs=rngs)
         self.modulation = nnx.Linear(condition, 3 * width, kernel_init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
         self.up = nnx.Linear(width, config.hidden, dtype=dtype, rngs=rngs)
         self.down = nnx.Linear(config.hidden, width, dtype=dtype, rngs=rngs)
@@ -121,7 +127,7 @@ class Trunk(nnx.Module):
         self.condition_out = nnx.Linear(self.CONDITION, self.CONDITION, dtype=dtype, rngs=rngs)
         self.inputs = nnx.Linear(inputs, config.width, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List([Block(config, self.CONDITION, rngs) for _ in range(blocks)])
-        self.norm = nnx.LayerNorm(config.width, epsilon=EPSILON, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(config.width, epsilon=EPSILON, dtype=dtype, rngs=rngs)
         self.gate = nnx.Linear(self.CONDITION, config.width, kernel_init=zeros, dtype=dtype, rngs=rngs)
         self.outputs = nnx.Linear(config.width, config.tile_values, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
@@ -191,7 +197,7 @@ class SeedNetwork(nnx.Module):
         """Power that the codec wants for each value, up to a factor; the logarithms are interpolated over the grid."""
         row, column = self.position(snr_db, num_symbols)
         weights = tuple(
-            jax.nn.relu(1 - jnp.abs(x - jnp.arange(size)))
+            jax.nn.relu(1 - jnp.abs(x - jnp.arange(size, dtype=jnp.float32)))
             for x, size in zip((row, column), self.load_logits.shape[:2], strict=True)
         )
         logits = jnp.einsum("s,r,srn->n", *weights, self.load_logits[...], precision=EXACT)
@@ -249,4 +255,5 @@ class SeedNetwork(nnx.Module):
 
     def _features(self, row: Array, column: Array) -> Float[Array, "b 2"]:
         sizes = self.config.snr_steps - 1, self.config.rate_steps - 1
-        return jnp.stack([4.0 * row / sizes[0] - 2.0, 4.0 * column / sizes[1] - 2.0], axis=-1).astype(jnp.float32)
+        places = (x.astype(jnp.float32) for x in (row, column))
+        return jnp.stack([4.0 * x / size - 2.0 for x, size in zip(places, sizes, strict=True)], axis=-1)

@@ -166,7 +166,7 @@ def _objects(
     )
     kind = scene.kind[column_slot][None]
     stands = (kind > 0) & (kind != SLOT_KINDS.index("balloon")) & (kind != SLOT_KINDS.index("mountain"))
-    picture = shapes.shadows(picture, sprite, 0.3 * stands)
+    picture = shapes.shadows(picture, sprite, 0.3 * stands.astype(jnp.float32))
     for index, paint in shapes.PAINTERS.items():
         picture = paint(picture, sprite, (kind == index).astype(jnp.float32))
     return picture

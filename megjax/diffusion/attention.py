@@ -35,6 +35,12 @@ Longer blocks of queries read keys and values less often; for heads of more than
 """
 
 
+def dot_product(query, key, value, **options):
+    """`jax.nn.dot_product_attention`, inside which half precision meets float32 by implicit promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(query, key, value, **options)
+
+
 def attend(
     query: Float[Array, "b q d"],
     key: Float[Array, "b s d"],
@@ -57,7 +63,7 @@ def attend(
 
     whole = _attend_whole
     if mask is not None:
-        whole = partial(jax.nn.dot_product_attention, mask=mask[None, None])
+        whole = partial(dot_product, mask=mask[None, None])
     kernels = {}
     if dtype == jnp.float16:
         # Only GPUs add products of float16 numbers in float32: elsewhere JAX refuses them.
@@ -145,18 +151,18 @@ def _attend_whole(query, key, value):
     if jax.default_backend() == "gpu" and query.dtype.itemsize == 2:
         # cuDNN raises for shapes and GPUs that it does not know.
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            fused = partial(jax.nn.dot_product_attention, implementation="cudnn")
+            fused = partial(dot_product, implementation="cudnn")
             # Whatever the backend, the layers can be lowered for another platform, as to count their operations.
-            return jax.lax.platform_dependent(query, key, value, cuda=fused, default=jax.nn.dot_product_attention)
+            return jax.lax.platform_dependent(query, key, value, cuda=fused, default=dot_product)
     batch, queries, heads, size = query.shape
     part = max(1, LOGITS_AT_ONCE // max(1, batch * heads * key.shape[1]))
     if query.dtype != jnp.float32 or part >= queries:
-        return jax.nn.dot_product_attention(query, key, value)
+        return dot_product(query, key, value)
     count = -(-queries // part)
     parts = jnp.pad(query, ((0, 0), (0, count * part - queries), (0, 0), (0, 0)))
     parts = parts.reshape(batch, count, part, heads, size).swapaxes(0, 1)
     # Gradients make the logits again: kept, they would be as many as those of all queries.
-    attended = jax.lax.map(jax.checkpoint(lambda of: jax.nn.dot_product_attention(of, key, value)), parts)
+    attended = jax.lax.map(jax.checkpoint(lambda of: dot_product(of, key, value)), parts)
     return attended.swapaxes(0, 1).reshape(batch, -1, heads, size)[:, :queries]
 
 

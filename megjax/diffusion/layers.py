@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from megjax.diffusion import strips
 from megjax.diffusion.winograd import pad, winograd
+from megjax.precision import promoting
 
 
 class Identity(nnx.Module):
@@ -54,8 +55,9 @@ class GroupNorm(nnx.Module):
         mean = x.mean((1, 2)).reshape(batch, self.num_groups, per_group).mean(-1)
         square = jnp.square(x).mean((1, 2)).reshape(batch, self.num_groups, per_group).mean(-1)
         inverse = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + self.eps)
-        slope = jnp.repeat(inverse, per_group, axis=1) * self.scale[None]
-        return slope, self.bias[None] - jnp.repeat(mean, per_group, axis=1) * slope
+        scale, bias = (value[None].astype(jnp.float32) for value in (self.scale, self.bias))
+        slope = jnp.repeat(inverse, per_group, axis=1) * scale
+        return slope, bias - jnp.repeat(mean, per_group, axis=1) * slope
 
     def apply(
         self, x: Float[Array, "b h w c"], slope: Float[Array, "b c"], offset: Float[Array, "b c"]
@@ -153,9 +155,15 @@ def linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs, *, use_bias: bool =
     return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, rngs=rngs)
 
 
-def layer_norm(features: int, eps: float, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+class LayerNorm(nnx.LayerNorm):
+    """Flax's layer normalisation, which promotes half precision to float32 inside."""
+
+    __call__ = promoting(nnx.LayerNorm.__call__)
+
+
+def layer_norm(features: int, eps: float, dtype, rngs: nnx.Rngs) -> LayerNorm:
     """Layer normalisation; its moments are float32 whatever `dtype` is."""
-    return nnx.LayerNorm(features, epsilon=eps, dtype=dtype, rngs=rngs)
+    return LayerNorm(features, epsilon=eps, dtype=dtype, rngs=rngs)
 
 
 def norm_silu_conv(norm: GroupNorm, conv: Conv3x3 | NarrowConv, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from megjax.configs import from_mapping, read_json, require_positive_integers, write_json
 from megjax.diffusion import checkpoint
 from megjax.diffusion.layers import ShapeRngs
+from megjax.precision import promoting
 
 NUM_SCENE_ATTRIBUTES = 3  # time, sky, ground; then (kind, colour, size) of each place, kind 0 meaning "nothing here"
 ATTRIBUTES_PER_SLOT = 3
@@ -90,7 +91,7 @@ class SceneNet(nnx.Module):
         x = 2 * images - 1
         for block in self.blocks:
             x = block(x)
-        x = nnx.avg_pool(x, (2, 2), strides=(2, 2))
+        x = promoting(nnx.avg_pool)(x, (2, 2), strides=(2, 2))  # flax divides by an integer
         return self.dense(x.reshape(x.shape[0], -1))
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b f"], tuple[Float[Array, "b n"], ...]]:
@@ -133,7 +134,8 @@ def loss(
         -jnp.take_along_axis(jax.nn.log_softmax(scores), labels[:, i, None], axis=-1)[:, 0]
         for i, scores in enumerate(logits)
     ]
-    return jnp.sum(jnp.stack(losses, axis=-1) * mask) / jnp.maximum(jnp.sum(mask), 1)
+    counted = mask.astype(jnp.float32)
+    return jnp.sum(jnp.stack(losses, axis=-1) * counted) / jnp.maximum(jnp.sum(counted), 1)
 
 
 def labels_from_logits(logits: tuple[Float[Array, "b _"], ...]) -> Int[Array, "b a"]:

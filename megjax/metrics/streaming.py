@@ -15,6 +15,15 @@ from megjax.precision import exact_matmul
 
 
 @flax.struct.dataclass
+class Average(metrics.Average):
+    """`metrics.Average`, whose sum and count are of different types."""
+
+    def compute(self) -> Float[Array, ""]:
+        """The mean; nan of nothing."""
+        return self.total / jnp.asarray(self.count, self.total.dtype)
+
+
+@flax.struct.dataclass
 class GaussianMoments(metrics.Metric):
     """Count, mean and scatter of features, from which `frechet_distance` takes its Gaussian.
 
@@ -56,7 +65,7 @@ class GaussianMoments(metrics.Metric):
         kept = jnp.ones(features.shape[0], bool) if mask is None else jnp.asarray(mask, bool)
         x = jnp.where(kept[:, None], jnp.asarray(features, jnp.float32), 0.0)
         count = jnp.sum(kept, dtype=jnp.int32)
-        mean = jnp.sum(x, axis=0) / jnp.maximum(count, 1)
+        mean = jnp.sum(x, axis=0) / jnp.maximum(count, 1).astype(jnp.float32)
         centred = jnp.where(kept[:, None], x - mean[None], 0.0)
         return cls(count=count, mean=mean, scatter=_outer_products(centred))
 
@@ -66,16 +75,16 @@ class GaussianMoments(metrics.Metric):
             raise ValueError(f"moments have means of shapes {self.mean.shape} and {other.mean.shape}; they must agree")
         count = self.count + other.count
         share = other.count / jnp.maximum(count, 1)  # of the second set
-        shift = other.mean - self.mean
+        shift, first = other.mean - self.mean, jnp.asarray(self.count, jnp.float32)
         return type(self)(
             count=count,
             mean=self.mean + share * shift,
-            scatter=self.scatter + other.scatter + self.count * share * jnp.outer(shift, shift),
+            scatter=self.scatter + other.scatter + first * share * jnp.outer(shift, shift),
         )
 
     def compute(self) -> tuple[Float[Array, " f"], Float[Array, "f f"]]:
         """Mean [f] and unbiased covariance [f f], as `feature_statistics` gives them; nan below two samples."""
-        divisor = jnp.where(self.count > 1, self.count - 1, jnp.nan)
+        divisor = jnp.where(self.count > 1, jnp.asarray(self.count - 1, jnp.float32), jnp.nan)
         return jnp.where(self.count > 0, self.mean, jnp.nan), self.scatter / divisor
 
 
@@ -94,11 +103,11 @@ def make_image_metrics(*, captions: bool = False, num_features: int | None = Non
     Averages over nothing are nan. Raises ValueError, when called or traced, for outputs absent or of other shapes.
     """
     parts = {
-        "psnr_db": metrics.Average.from_fun(functools.partial(_over_pairs, psnr)),
-        "ssim": metrics.Average.from_fun(functools.partial(_over_pairs, ssim)),
+        "psnr_db": Average.from_fun(functools.partial(_over_pairs, psnr)),
+        "ssim": Average.from_fun(functools.partial(_over_pairs, ssim)),
     }
     if captions:
-        parts["caption_accuracy"] = metrics.Average.from_fun(_right_answers)
+        parts["caption_accuracy"] = Average.from_fun(_right_answers)
     if num_features is not None:
         parts["moments"] = GaussianMoments.sized(num_features).from_fun(_features)
     return metrics.Collection.create(**parts)

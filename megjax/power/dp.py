@@ -119,7 +119,7 @@ class CausalOptimum:
         step = LARGEST_AMPLITUDE / MARKOV_GAINS
         place = jnp.clip(jnp.sqrt(gain) / step - 0.5, 0, MARKOV_GAINS - 1.001)
         index = place.astype(jnp.int32)
-        return table[:, index] + (place - index) * (table[:, index + 1] - table[:, index])
+        return table[:, index] + (place - index.astype(place.dtype)) * (table[:, index + 1] - table[:, index])
 
 
 def causal_optimum(fading: Fading, num_blocks: int = 16) -> CausalOptimum:
@@ -140,7 +140,8 @@ def causal_optimum(fading: Fading, num_blocks: int = 16) -> CausalOptimum:
 
 def _useful(problem: Problem, blocks_left) -> Array:
     """The most energy that so many blocks can spend under the peak; beyond it energy is worth nothing."""
-    return jnp.where(blocks_left > 0, jnp.minimum(problem.energy, blocks_left * problem.max_power), 0.0)
+    most = jnp.asarray(blocks_left, jnp.float32) * problem.max_power
+    return jnp.where(blocks_left > 0, jnp.minimum(problem.energy, most), 0.0)
 
 
 def _energy_grid(useful: Float[Array, ""]) -> Float[Array, " e"]:
@@ -154,7 +155,7 @@ def _price_at(energy: Array, log_prices: Float[Array, " e"], useful: Float[Array
     place = jnp.clip(place, 0, ENERGIES - 1.001)
     index = place.astype(jnp.int32)
     left, right = log_prices[index], log_prices[index + 1]
-    return jnp.where(energy <= useful, jnp.exp(left + (place - index) * (right - left)), 0.0)
+    return jnp.where(energy <= useful, jnp.exp(left + (place - index.astype(place.dtype)) * (right - left)), 0.0)
 
 
 def _benefit(problem: Problem, weight, gain, power) -> Array:

@@ -22,7 +22,7 @@ from megjax.configs import require, require_positive_integers
 from megjax.keys import threefry
 from megjax.power.actor_critic import ActorCritic, ActorCriticConfig, LearnedPower
 from megjax.power.environment import EnvParams, EnvState, Episode, PowerControl, observation, share_of_offset
-from megjax.precision import exact_matmul
+from megjax.precision import exact_matmul, promoting
 from megjax.units import linear_to_db
 
 SNR_BINS, STD_FLOOR = 8, 1e-3
@@ -158,13 +158,13 @@ class PPO:
         clip = state.hyper.clip * (1 - (1 - config.final_clip) * done)
         entropy = state.hyper.entropy * (1 - done)
         rate = state.hyper.learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * done))
-        optimizer = self._optimizer()
+        optimize = promoting(self._optimizer().update)  # Adam raises a float to an integer power
 
         def minibatch(carry, part):
             weights, opt_state = carry
             loss = lambda w: self._loss(w, state.moments, part, clip, entropy, state.hyper.value_weight)  # noqa: E731
             (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(weights)
-            updates, opt_state = optimizer.update(grads, opt_state)
+            updates, opt_state = optimize(grads, opt_state)
             weights = jax.tree.map(lambda w, u: w - rate * u, weights, updates)
             return (weights, opt_state), metrics
 

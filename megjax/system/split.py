@@ -103,12 +103,12 @@ class SplitLink:
 def spread(values: Float[Array, " n"], signs: Float[Array, " k"]) -> Complex[Array, " k"]:
     """Symbols, two values each, with these signs and then through the unitary DFT; an odd n is padded with a zero."""
     pairs = jnp.pad(values, (0, values.shape[0] % 2)).reshape(-1, 2) / np.float32(np.sqrt(2))
-    return jnp.fft.fft(signs * jax.lax.complex(pairs[:, 0], pairs[:, 1]), norm="ortho")
+    return jnp.fft.fft(signs.astype(jnp.complex64) * jax.lax.complex(pairs[:, 0], pairs[:, 1]), norm="ortho")
 
 
 def despread(symbols: Complex[Array, " k"], signs: Float[Array, " k"], num_values: int) -> Float[Array, " n"]:
     """The inverse of `spread`."""
-    plain = signs * jnp.fft.ifft(symbols, norm="ortho")
+    plain = signs.astype(jnp.complex64) * jnp.fft.ifft(symbols, norm="ortho")
     return (np.float32(np.sqrt(2)) * jnp.stack([plain.real, plain.imag], -1)).reshape(-1)[:num_values]
 
 

@@ -84,4 +84,4 @@ def test_lmmse_decisions_need_unbiasing():
 
     shrunk, unbiased, errors = estimates(jax.random.key(7))
     np.testing.assert_allclose(shrunk * 1.1, unbiased, rtol=1e-5, atol=1e-6)  # (1 + 10) / 10
-    assert errors[0] > errors[1] + STANDARD_ERRORS * np.sqrt(errors[1])
+    assert int(errors[0]) > int(errors[1]) + STANDARD_ERRORS * np.sqrt(int(errors[1]))

@@ -120,7 +120,7 @@ class SteppedGain:
     step: jax.Array
 
     def sample(self, key, num_blocks):
-        return (1 + self.step * jnp.arange(num_blocks)).astype(jnp.complex64)
+        return (1 + self.step * jnp.arange(num_blocks, dtype=jnp.float32)).astype(jnp.complex64)
 
 
 def test_shadowing_of_a_law_from_elsewhere():

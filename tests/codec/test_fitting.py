@@ -10,6 +10,7 @@ from flax import nnx
 from megjax.channel import MAPPINGS
 from megjax.codec import SeedCodecConfig, fitting, link
 from megjax.codec.fitting import Conditions
+from megjax.precision import promoting
 from tests.checks import STANDARD_ERRORS, assert_equal_trees, within_standard_error
 from tests.products import inexact_products
 
@@ -63,7 +64,7 @@ def test_training_learns(plain, data, value_and_grad, nmse_db):
 
     @jax.jit
     def update(params, opt_state, gradients):
-        updates, opt_state = optimizer.update(gradients, opt_state)
+        updates, opt_state = promoting(optimizer.update)(gradients, opt_state)
         return optax.apply_updates(params, updates), opt_state
 
     for key in keys(9, 30):

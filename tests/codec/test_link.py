@@ -137,7 +137,8 @@ def test_scaling_without_noise(num_symbols, num_blocks, mapping):
         block = link.block_of_value(NUM_VALUES, num_symbols, num_blocks, mapping == "interleaved")
         spending = link.split_load(random_spend(5), num_symbols, block, num_blocks)
         symbols = link.pack_code(values, spending, num_symbols, num_blocks, mapping)
-        equalised = equalize_lmmse((jnp.sqrt(power) * gains)[:, None] * symbols, gains, power, NOISE_VAR)
+        amplitude = jnp.sqrt(power).astype(jnp.complex64)
+        equalised = equalize_lmmse((amplitude * gains)[:, None] * symbols, gains, power, NOISE_VAR)
         block_snr = post_equalisation_snr(gains, power, NOISE_VAR)
         received = link.unpack_code(equalised, block_snr, spending, num_symbols, mapping)
         return *received, spending.shape, block_snr[block]
@@ -159,7 +160,8 @@ def test_hand_computed_values():
     def trip(spend, values, snr):
         spending = link.split_load(spend, 2, link.block_of_value(5, 2, 2, False), 2)
         symbols = link.pack_code(values, spending, 2, 2, "ordered")
-        received = link.unpack_code((snr / (1 + snr))[:, None] * symbols, snr, spending, 2, "ordered")
+        shrunk = (snr / (1 + snr)).astype(jnp.complex64)[:, None] * symbols
+        received = link.unpack_code(shrunk, snr, spending, 2, "ordered")
         return spending, symbols, received
 
     spend, values = (np.array(x, np.float32) for x in ([1, 3, 2, 2, 9], [2, -1, 4, 0, 7]))

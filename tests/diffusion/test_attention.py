@@ -22,6 +22,13 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 FOLDER = Path(__file__).parents[2] / "tpu_configs"
 
 
+@pytest.fixture
+def promoting():
+    """JAX gives products of half precision with sums in float32 a gradient that mixes both when it is lowered."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
@@ -30,6 +37,7 @@ def half(*args):
     return [x.astype(jnp.bfloat16) for x in args]
 
 
+@pytest.mark.usefixtures("promoting")
 @pytest.mark.parametrize(
     ("queries", "keys", "size"),
     [(256, 256, 40), slow(200, 77, 64), slow(128, 384, 80), slow(128, 256, 160), slow(128, 128, 512)],
@@ -52,6 +60,7 @@ def program_for_tpu(function, *args):
     return jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
 
 
+@pytest.mark.usefixtures("promoting")
 @pytest.mark.parametrize(
     ("queries", "keys", "dtype", "options", "kernels"),
     [
@@ -156,7 +165,7 @@ def test_bfloat16_attention_in_parts():
 
     half, exact = run(*arrays(3, *[(1, 600, 2, 8)] * 3))
     assert half.dtype == jnp.bfloat16
-    assert np.abs(half - exact).max() < 0.03 * np.abs(exact).max()
+    assert np.abs(half.astype(jnp.float32) - exact).max() < 0.03 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from megjax.metrics import SceneNet, SceneNetConfig, scenenet
+from megjax.precision import promoting
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 TINY = SceneNetConfig(image_size=32, widths=(8, 8, 8, 8), num_classes=(4, 3, 4, 3, 5, 2), feature_dim=16, num_groups=4)
@@ -65,7 +66,7 @@ def test_learns(model):
     @jax.jit
     def step(params, opt_state):
         value, grads = jax.value_and_grad(lambda p: scenenet.loss(nnx.merge(graph, p)(images)[1], labels, mask))(params)
-        updates, opt_state = optimizer.update(grads, opt_state)
+        updates, opt_state = promoting(optimizer.update)(grads, opt_state)
         return optax.apply_updates(params, updates), opt_state, value, grads
 
     losses, opt_state = [], jax.jit(optimizer.init)(params)
