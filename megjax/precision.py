@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, ArrayLike, Num
 
 EXACT = jax.lax.Precision.HIGHEST
@@ -28,3 +29,9 @@ def promoting(function: Callable) -> Callable:
             return function(*args, **kwargs)
 
     return call
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Flax's layer normalisation, which promotes half precision to float32 inside."""
+
+    __call__ = promoting(nnx.LayerNorm.__call__)

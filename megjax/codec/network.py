@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, DTypeLike, Float, Int
 
 from megjax.configs import require, require_positive_integers
-from megjax.precision import EXACT, exact_matmul, promoting
+from megjax.precision import EXACT, LayerNorm, exact_matmul
 
 LOG_SNR_SCALE = 7.0
 EPSILON = 1e-6
@@ -82,12 +82,6 @@ class SeedCodecConfig:
     def rate_grid(self) -> np.ndarray:
         """Compression ratios r of the grid, 1 first."""
         return 2.0 ** np.linspace(0.0, self.max_log2_rate, self.rate_steps)
-
-
-class LayerNorm(nnx.LayerNorm):
-    """Flax's layer normalisation, which promotes half precision to float32 inside."""
-
-    __call__ = promoting(nnx.LayerNorm.__call__)
 
 
 class Block(nnx.Module):

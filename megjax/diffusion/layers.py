@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from megjax.diffusion import strips
 from megjax.diffusion.winograd import pad, winograd
-from megjax.precision import promoting
+from megjax.precision import LayerNorm
 
 
 class Identity(nnx.Module):
@@ -153,12 +153,6 @@ def narrow_conv(inputs: int, outputs: int, dtype, rngs: nnx.Rngs) -> NarrowConv:
 def linear(inputs: int, outputs: int, dtype, rngs: nnx.Rngs, *, use_bias: bool = True) -> nnx.Linear:
     """A dense layer with float32 parameters and `dtype` activations."""
     return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=dtype, rngs=rngs)
-
-
-class LayerNorm(nnx.LayerNorm):
-    """Flax's layer normalisation, which promotes half precision to float32 inside."""
-
-    __call__ = promoting(nnx.LayerNorm.__call__)
 
 
 def layer_norm(features: int, eps: float, dtype, rngs: nnx.Rngs) -> LayerNorm:
