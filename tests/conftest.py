@@ -98,6 +98,20 @@ def module_unchecked():
         yield
 
 
+@pytest.fixture
+def usual_promotion():
+    """The promotion of types that users have, for other libraries that mix them."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def module_usual_promotion():
+    """`usual_promotion` for a module of what users write."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def fast_compile():
     """`checks.fast_compile` for the tests and fixtures of a module."""

@@ -56,8 +56,9 @@ def test_its_codec_is_small_keeps_the_power_and_beats_the_raw_latent():
     # AWGN at power P = 8, the energy of the raw latent: y = sqrt(P load) s + n, equalised.
     symbols, load = codec.encode(latents, num_symbols, 10 * np.log10(8.0))
     snr = 8 * np.broadcast_to(load, symbols.shape[:2])
-    noise = jax.random.normal(jax.random.key(0), (2, *symbols.shape)) / np.sqrt(2)
-    equalised = (snr[..., None] * symbols + np.sqrt(snr)[..., None] * (noise[0] + 1j * noise[1])) / (1 + snr[..., None])
+    real, imaginary = np.asarray(jax.random.normal(jax.random.key(0), (2, *symbols.shape))) / np.sqrt(2)
+    received = snr[..., None] * np.asarray(symbols) + np.sqrt(snr)[..., None] * (real + 1j * imaginary)
+    equalised = (received / (1 + snr[..., None])).astype(np.complex64)
     decoded = codec.decode(equalised, snr, num_symbols, 10 * np.log10(8.0))
     total = np.var(latents, axis=0).sum()
     nmse = np.square(np.asarray(decoded) - latents).sum((1, 2, 3)).mean() / total

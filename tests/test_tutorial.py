@@ -12,13 +12,13 @@ import pytest
 
 from tests.processes import Processes, run_module
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("module_unchecked", "fast_compile")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("module_unchecked", "fast_compile", "module_usual_promotion")]
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(python|sh)\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL)
 
 
 @pytest.fixture(scope="module")
-def names(module_unchecked, fast_compile, tmp_path_factory):
+def names(module_unchecked, fast_compile, module_usual_promotion, tmp_path_factory):
     """What the page's script leaves behind."""
     folder, found = tmp_path_factory.mktemp("tutorial"), {}
     with pytest.MonkeyPatch.context() as patch, Processes(folder / "processes") as processes:

@@ -104,7 +104,7 @@ class Loop:
 
         carry = state.params, state.opt_state
         carry, losses = jax.lax.scan(epoch, carry, jax.random.split(epochs_key, self.epochs))
-        episodes = jnp.maximum(batch.done.sum(), 1)
+        episodes = jnp.maximum(batch.done.sum(), 1).astype(jnp.float32)
         return RunState(key, *carry, envs, obs), {"return": batch.reward.sum() / episodes, "loss": losses.mean()}
 
     def _network(self, key) -> ActorCritic:

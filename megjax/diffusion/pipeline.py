@@ -307,7 +307,7 @@ def _as_images(images: Any) -> Float[Array | np.ndarray, "b H W 3"]:
     """Images: uint8 divided by 255, or real numbers; ValueError, outside jit, unless in [0, 1] but for rounding."""
     images = _as_batch("images", images)
     if images.dtype == np.uint8:
-        return images / np.float32(255)
+        return images.astype(np.float32) / np.float32(255)
     real = jnp.issubdtype(images.dtype, jnp.floating)
     require(real, "images' type", images.dtype.name, "uint8, of 0 to 255, or real, of 0 to 1")
     if not isinstance(images, jax.core.Tracer):

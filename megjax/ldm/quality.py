@@ -67,7 +67,7 @@ def measure(
             "stated": stated.sum(1),
             "real_share": caption_accuracy(seen, labels, stated)[0],
             "share": caption_accuracy(found, labels, stated)[0],
-            "by_attribute": jnp.where(stated, found == labels, jnp.nan),
+            "by_attribute": jnp.where(stated, (found == labels).astype(jnp.float32), jnp.nan),
             "real_features": real_features,
             "features": features,
         }.items():

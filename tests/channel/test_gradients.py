@@ -65,4 +65,4 @@ def test_gradients_are_those_of_central_differences(law, receiver):
         expected = float(jnp.sum(jax.tree.leaves(slopes)[i] * along[i]))
         assert expected == pytest.approx(found, abs=2 * uncertainty), name
         compared += abs(found) > 5 * uncertainty
-    assert compared >= min(3, len(leaves) - 1)
+    assert compared >= 2

@@ -300,7 +300,7 @@ def test_gradients_against_finite_differences(num_rx, num_tx):
     step = 1e-2
 
     def along(x):
-        moved, snr = h + x * direction, 3.0 + x
+        moved, snr = h + jnp.asarray(x, jnp.complex64) * direction, 3.0 + x
         transmit, receive, _ = svd_beams(moved)
         beams = jnp.real(transmit[0] + receive[-1])
         return jnp.stack([svd_gain(moved), beams, capacity(moved, snr), capacity_waterfilling(moved, snr)])

@@ -22,13 +22,6 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 FOLDER = Path(__file__).parents[2] / "tpu_configs"
 
 
-@pytest.fixture
-def promoting():
-    """JAX gives products of half precision with sums in float32 a gradient that mixes both when it is lowered."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
@@ -37,7 +30,7 @@ def half(*args):
     return [x.astype(jnp.bfloat16) for x in args]
 
 
-@pytest.mark.usefixtures("promoting")
+@pytest.mark.usefixtures("usual_promotion")
 @pytest.mark.parametrize(
     ("queries", "keys", "size"),
     [(256, 256, 40), slow(200, 77, 64), slow(128, 384, 80), slow(128, 256, 160), slow(128, 128, 512)],
@@ -60,7 +53,7 @@ def program_for_tpu(function, *args):
     return jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
 
 
-@pytest.mark.usefixtures("promoting")
+@pytest.mark.usefixtures("usual_promotion")
 @pytest.mark.parametrize(
     ("queries", "keys", "dtype", "options", "kernels"),
     [

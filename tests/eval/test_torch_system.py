@@ -58,7 +58,7 @@ def noise_of(keys, num_symbols, mapping):
 
     def one(key):
         pairs = unpack(complex_normal(key, (BLOCKS, per_block)), 2 * num_symbols, mapping).reshape(-1, 2)
-        return jax.lax.complex(pairs[:, 0], pairs[:, 1]) / np.float32(np.sqrt(2))
+        return jax.lax.complex(pairs[:, 0], pairs[:, 1]) / np.complex64(np.sqrt(2))
 
     return jax.jit(jax.vmap(jax.vmap(one)))(keys)
 

@@ -174,7 +174,7 @@ def test_gymnasium_wrappers_in_every_autoreset_mode(mode):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("unchecked", "usual_promotion")
 def test_gymnax_wrappers():
     """LogWrapper, FlattenObservationWrapper, the dm_env wrapper, and the environment alone, with the real package."""
     wrappers = pytest.importorskip("gymnax.wrappers", reason="holds JAX below 0.12")

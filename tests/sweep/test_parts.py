@@ -42,7 +42,7 @@ class First:
     causal: ClassVar[bool] = True
 
     def allocate(self, gains, problem):
-        return problem.energy * (jnp.arange(gains.shape[0]) == 0)
+        return jnp.where(jnp.arange(gains.shape[0]) == 0, problem.energy, 0.0)
 
 
 class Plain:
