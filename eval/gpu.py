@@ -134,7 +134,7 @@ class Outcome(NamedTuple):
 
     @property
     def note(self) -> str | None:
-        """What the tables say of it; None where nothing went wrong."""
+        """Remark in the tables on a part that went wrong; None if nothing did."""
         if not self.problem:
             return None
         if self.measured:

@@ -115,7 +115,7 @@ def prepare_torch() -> str | None:
 
 
 def ceilings(rounds: int = 3, side: int | None = None, copied: int = 2**28) -> dict[str, float]:
-    """What the device reaches when nothing is in its way: operations/s of square products, and bytes/s of a copy.
+    """Peaks that the device reaches in practice: operations/s of square matrix products, and bytes/s of a copy.
 
     A copy of `copied` bytes reads and writes each of them once, and counts them twice.
     """

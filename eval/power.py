@@ -26,7 +26,7 @@ from megjax.units import check_snr_db
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to measure, with which trained policies, and where the results go."""
+    """Options of the power-control study: its size, the trained policies and the folder of results."""
 
     runs: Path = Path("runs")
     """Folder of train.power's runs; those that are absent are left out."""

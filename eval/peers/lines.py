@@ -70,8 +70,11 @@ def last_error(text: str) -> str:
 
 
 def serve(make: Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[[], Any], Callable[[], int] | None]]) -> None:
-    """What the other process runs. `make(request)` gives what it says of itself, the call, which returns when all is
-    done, and how to read the most bytes that the device held (None: the process's memory is meant)."""
+    """Answer requests for calls to time, line by line on stdin and stdout, in a process of the peer's own.
+
+    `make(request)` returns what the peer says of itself, the call, which returns when all is done, and a function for
+    the most bytes that the device held (None: the process's memory is meant).
+    """
     answers, sys.stdout = sys.stdout, sys.stderr
 
     def answer(values: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ class Transition(NamedTuple):
 
 
 class RunState(NamedTuple):
-    """What goes from update to update."""
+    """State of the training loop between two updates: key, networks, optimiser and environments."""
 
     key: Key[Array, ""]
     params: Any

@@ -107,7 +107,7 @@ class TorchNetwork(nn.Module):
 
 
 class Draw(NamedTuple):
-    """What is random in a step, for g groups of b latents: all that `draw` draws."""
+    """Random numbers of one training step of the codec, for g groups of b latents, as `draw` makes them."""
 
     index: Tensor
     """Rows [g b] of the latents."""

@@ -24,7 +24,7 @@ DECODE_BATCH = 16
 
 
 class Constants(NamedTuple):
-    """What rate, SNR and mapping fix, as tensors; r is the number of reals sent, 2K."""
+    """Constants of the link at one rate, SNR and mapping, as tensors; r is the number of reals sent, 2K."""
 
     mean: Tensor
     """Of the values sent over the data [r]."""
@@ -55,15 +55,14 @@ class TorchLink:
         constants: Constants,
         noise_var: float,
         compiled: bool = False,
-        mode: str | None = None,
         decode_batch: int | None = None,
     ):
         self.network, self.vae, self.constants = network, vae, constants
         self.noise_var, self.decode_batch = noise_var, decode_batch
         self._refine, self._render = self.refine, self.render
         if compiled:
-            self._refine = torch.compile(self.refine, dynamic=False, mode=mode)
-            self._render = torch.compile(self.render, dynamic=False, mode=mode)
+            self._refine = torch.compile(self.refine, dynamic=False)
+            self._render = torch.compile(self.render, dynamic=False)
 
     @torch.inference_mode()
     def __call__(
@@ -147,13 +146,12 @@ def make_link(
     num_blocks: int = 16,
     mapping: str = "ordered",
     compiled: bool = False,
-    mode: str | None = None,
     device: str | torch.device = "cpu",
     decode_batch: int | None = None,
 ) -> TorchLink:
     """The link with the weights of `pipe` and `codec`, blocks being loaded as the codec asks at mean power 1.
 
-    `compiled` puts what follows the equaliser through torch.compile, with `mode` if any, which on a CPU needs a C++
+    `compiled` puts what follows the equaliser through torch.compile, which on a CPU needs a C++
     compiler; the channel stays eager, as Inductor has no kernels for complex numbers. Another number of images is
     compiled anew. At most `decode_batch` images are in the VAE at a time; by default all of them on a GPU and
     `DECODE_BATCH` on a CPU. ValueError for symbols that do not fit, another mapping, or a codec of several tiles.
@@ -170,7 +168,7 @@ def make_link(
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", low_cpu_mem_usage=False)
     vae = vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     constants = link_constants(codec, network, num_symbols, snr_db, num_blocks, mapping)
-    return TorchLink(network, vae, constants, 10 ** (-snr_db / 10), compiled, mode, decode_batch)
+    return TorchLink(network, vae, constants, 10 ** (-snr_db / 10), compiled, decode_batch)
 
 
 def link_constants(

@@ -58,11 +58,11 @@ class StableBaselinesPowerControl(VecEnv):
         return [getattr(self.envs, attr_name) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """NotImplementedError: the environments are one program with one set of attributes."""
+        """Raise NotImplementedError: the environments are one program with one set of attributes."""
         raise NotImplementedError("attributes of single environments cannot be set: they are one compiled program")
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
-        """NotImplementedError: the environments are one program without methods of their own."""
+        """Raise NotImplementedError: the environments are one program without methods of their own."""
         raise NotImplementedError("single environments have no methods: they are one compiled program")
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
