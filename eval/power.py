@@ -81,7 +81,7 @@ def settings(args: Arguments) -> list[Setting]:
 
 def policies(setting: Setting, args: Arguments, load) -> dict[str, Any]:
     """The policies of a setting by name, but for the learned ones."""
-    names = [name for name in POLICIES if name not in ("codec", "ppo")]
+    names = [name for name in POLICIES.names if name not in ("codec", "ppo")]
     if isinstance(setting.fading, JakesFading):
         names.remove("dp")
     found = {name: make_policy(name, setting.fading, args.blocks) for name in names}

@@ -6,7 +6,6 @@ sigma^2 = 10^(-snr_db / 10) is absolute. `channel.theory` holds the closed forms
 """
 
 from megjax.channel import mimo, theory
-from megjax.channel.correlated import GaussMarkovFading, JakesFading
 from megjax.channel.csi import (
     ChannelKnowledge,
     ImperfectCSI,
@@ -16,7 +15,19 @@ from megjax.channel.csi import (
     estimation_error_var,
     outdated_gains,
 )
-from megjax.channel.fading import Fading, NakagamiFading, NoFading, RayleighFading, RicianFading, ShadowedFading
+from megjax.channel.fading import (
+    FADINGS,
+    Fading,
+    FadingLaw,
+    GaussMarkovFading,
+    JakesFading,
+    NakagamiFading,
+    NoFading,
+    RayleighFading,
+    RicianFading,
+    ShadowedFading,
+    find_fading,
+)
 from megjax.channel.large_scale import Cell, Drop, los_probability, noise_power_dbm, path_loss_db, shadowing_std_db
 from megjax.channel.loading import mean_lmmse_error_awgn, static_load
 from megjax.channel.mimo import MIMOFading
@@ -41,7 +52,9 @@ __all__ = [
     "ChannelKnowledge",
     "Counts",
     "Drop",
+    "FADINGS",
     "Fading",
+    "FadingLaw",
     "GaussMarkovFading",
     "Histogram",
     "ImperfectCSI",
@@ -72,6 +85,7 @@ __all__ = [
     "equalize_zf",
     "estimate_gains",
     "estimation_error_var",
+    "find_fading",
     "lmmse_error_var",
     "los_probability",
     "mean_lmmse_error_awgn",

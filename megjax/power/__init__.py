@@ -1,20 +1,24 @@
 """Power control over fading blocks: the environment, policies from equal power to the causal optimum, and PPO."""
 
 from megjax.power.actor_critic import ActorCriticConfig, LearnedPower
-from megjax.power.dp import CausalOptimum, causal_optimum
 from megjax.power.environment import EnvParams, EnvState, PowerControl
 from megjax.power.laws import GainLaw, gain_law, load_table, static_power
-from megjax.power.named import POLICIES, make_policy
 from megjax.power.policies import (
+    POLICIES,
+    CausalOptimum,
     ChannelInversion,
     Clairvoyant,
     ClairvoyantWaterfilling,
     EqualPower,
     LoadedPower,
     Policy,
+    PowerPolicy,
     StaticPower,
     Waterfilling,
+    causal_optimum,
     check_policy,
+    find_policy,
+    make_policy,
 )
 from megjax.power.ppo import PPO, Hyperparameters, PPOConfig, make_ppo
 from megjax.power.problem import Problem, power_problem, weighted_errors
@@ -36,12 +40,14 @@ __all__ = [
     "PPO",
     "PPOConfig",
     "Policy",
+    "PowerPolicy",
     "PowerControl",
     "Problem",
     "StaticPower",
     "Waterfilling",
     "causal_optimum",
     "check_policy",
+    "find_policy",
     "gain_law",
     "load_table",
     "make_policy",

@@ -15,6 +15,7 @@ from safetensors.numpy import save
 from megjax.configs import from_mapping, in_one_step, read_json, require, require_positive_integers, write_json
 from megjax.power.environment import episode_features, observation, observation_size, share_of_offset
 from megjax.power.laws import TABLE_SIZE, LoadTable, static_power
+from megjax.power.policies.base import POLICIES, PowerPolicy, spend
 from megjax.power.problem import Problem, check_gains
 from megjax.pytrees import pytree_dataclass, static
 
@@ -118,14 +119,12 @@ class LearnedPower:
         plan = static_power(self.table, problem.weights, problem.snr, problem.energy, problem.max_power)
         rows = episode_features(gains, problem, plan, self.config.history)
 
-        def step(energy, row):
-            offset, _ = actor((observation(row, energy) - self.mean) / self.std)
-            power = jnp.minimum(share_of_offset(row.share, offset) * energy, problem.max_power)
-            return jnp.maximum(energy - power, 0.0), power
+        def decide(view):
+            row = jax.tree.map(lambda x: x[view.block], rows)
+            offset, _ = actor((observation(row, view.energy) - self.mean) / self.std)
+            return share_of_offset(row.share, offset) * view.energy
 
-        last = jnp.arange(num_blocks) == num_blocks - 1
-        rows = rows._replace(share=jnp.where(last, 1.0, rows.share))
-        return jax.lax.scan(step, jnp.asarray(problem.energy, jnp.float32), rows)[1]
+        return spend(decide, gains, problem)
 
     def power_at(
         self, gain: Float[Array, ""], energy: Float[Array, ""], block: int, problem: Problem
@@ -193,3 +192,15 @@ def blank_policy(config: ActorCriticConfig) -> LearnedPower:
     size = observation_size(config.num_blocks, config.history)
     table = LoadTable(jnp.zeros(TABLE_SIZE, jnp.float32), jnp.zeros((), jnp.float32))
     return LearnedPower(config, graph, state, jnp.zeros(size, jnp.float32), jnp.ones(size, jnp.float32), table)
+
+
+POLICIES.register(
+    PowerPolicy(
+        name="ppo",
+        title="PPO",
+        version=1,
+        rank=90,
+        make=lambda fading, num_blocks, folder="scenes": LearnedPower.from_pretrained(folder, num_blocks),
+        parameter="FOLDER",
+    )
+)

@@ -5,20 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import i0e
 from jaxtyping import Array, ArrayLike, Float
 
-from megjax.channel import (
-    Fading,
-    GaussMarkovFading,
-    JakesFading,
-    NakagamiFading,
-    NoFading,
-    RayleighFading,
-    RicianFading,
-)
+from megjax.channel import Fading
 from megjax.channel.numerics import bisect, cubic_interpolation, squared_magnitude, with_gradient_of
-from megjax.channel.parameters import number
 from megjax.keys import from_seed
 from megjax.power.problem import check_num_blocks
 from megjax.precision import exact_matmul
@@ -47,27 +37,17 @@ class GainLaw(NamedTuple):
 def gain_law(fading: Fading, num_blocks: int = 16) -> GainLaw:
     """The law of one block's gain under `fading`; for use outside jit.
 
-    The library's parametric models are integrated by the trapezoidal rule in ln g, which converges geometrically for
-    smooth integrands. Of any other model it takes 2^17 samples, averaged over its first `num_blocks` blocks, in 1,024
+    A law with a `gain_log_density` is integrated by the trapezoidal rule in ln g, which converges geometrically for
+    smooth integrands. Of any other it takes 2^17 samples, averaged over its first `num_blocks` blocks, in 1,024
     intervals of equal probability. ValueError for fewer than one block.
     """
     check_num_blocks(num_blocks)
-    if isinstance(fading, NoFading):
-        return GainLaw(jnp.ones(1, jnp.float32), jnp.ones(1, jnp.float32))
+    density = getattr(fading, "gain_log_density", None)
+    if density is None:
+        return _sampled(fading, num_blocks)
     log_gains = np.linspace(*_LOG_RANGE, NUM_NODES)
     gains = np.exp(log_gains)
-    if isinstance(fading, RayleighFading | JakesFading | GaussMarkovFading):
-        log_density = -gains
-    elif isinstance(fading, NakagamiFading):
-        m = number(fading, "m")
-        log_density = (m - 1) * log_gains - m * gains
-    elif isinstance(fading, RicianFading):
-        k = number(fading, "k_factor")
-        argument = 2 * np.sqrt(k * (1 + k) * gains)
-        log_density = argument - (1 + k) * gains + np.log(np.asarray(i0e(argument), np.float64))
-    else:
-        return _sampled(fading, num_blocks)
-    logits = log_density + log_gains
+    logits = density(gains) + log_gains
     weights = np.exp(logits - logits.max())
     return GainLaw(jnp.asarray(gains, jnp.float32), jnp.asarray(weights / weights.sum(), jnp.float32))
 
@@ -76,6 +56,8 @@ def _sampled(fading: Fading, num_blocks: int) -> GainLaw:
     keys = jax.random.split(from_seed(0), -(-_SAMPLES // num_blocks))
     sample = jax.jit(jax.vmap(lambda key: squared_magnitude(fading.sample(key, num_blocks))))
     gains = np.sort(np.asarray(sample(keys)).reshape(-1)[:_SAMPLES])
+    if gains[0] == gains[-1]:
+        return GainLaw(jnp.asarray(gains[:1]), jnp.ones(1, jnp.float32))
     nodes = gains.reshape(_SAMPLE_NODES, -1).mean(1)
     return GainLaw(jnp.asarray(nodes), jnp.full(_SAMPLE_NODES, np.float32(1 / _SAMPLE_NODES)))
 

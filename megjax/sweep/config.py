@@ -251,7 +251,7 @@ def find_fading(name: str) -> Any:
 
 def find_policy(name: str) -> Any:
     """A name of `megjax.power.POLICIES` as it is, or the policy at an import path."""
-    setting = f"policies (of {', '.join(POLICIES)}, or module:attribute)"
+    setting = f"policies (of {', '.join(POLICIES.names)}, or module:attribute)"
     return name if name in POLICIES else load_object(name, setting, "allocate")
 
 

@@ -9,8 +9,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from megjax.channel.correlated import GaussMarkovFading, JakesFading
-from megjax.channel.fading import RayleighFading
+from megjax.channel.fading import GaussMarkovFading, JakesFading, RayleighFading
 from megjax.channel.random import uniform
 from tests.channel.draws import draw, realisations
 from tests.checks import NUM_DISTRIBUTION, STANDARD_ERRORS, check_distribution, within_standard_error

@@ -9,7 +9,6 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from megjax.channel.correlated import GaussMarkovFading, JakesFading
 from megjax.channel.csi import (
     ChannelKnowledge,
     ImperfectCSI,
@@ -19,7 +18,7 @@ from megjax.channel.csi import (
     estimation_error_var,
     outdated_gains,
 )
-from megjax.channel.fading import NoFading, RayleighFading, RicianFading, ShadowedFading
+from megjax.channel.fading import GaussMarkovFading, JakesFading, NoFading, RayleighFading, RicianFading, ShadowedFading
 from megjax.channel.mimo import MIMOFading
 from megjax.channel.random import complex_normal
 from megjax.channel.transmission import equalize_lmmse, post_equalisation_snr, transmit

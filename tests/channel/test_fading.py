@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from megjax.channel.correlated import JakesFading
-from megjax.channel.fading import NakagamiFading, NoFading, RayleighFading, RicianFading, ShadowedFading
+from megjax.channel.fading import JakesFading, NakagamiFading, NoFading, RayleighFading, RicianFading, ShadowedFading
 from megjax.channel.numerics import safe_sqrt
 from megjax.pytrees import pytree_dataclass
 from tests.channel.draws import draw, realisations

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from megjax.channel import MIMOFading
-from megjax.channel.correlated import GaussMarkovFading, JakesFading
 from megjax.channel.fading import (
     DEPENDENCES,
     Fading,
+    GaussMarkovFading,
+    JakesFading,
     NakagamiFading,
     NoFading,
     RayleighFading,

@@ -32,7 +32,7 @@ LOADS = np.linspace(2, 0.5, T).astype(np.float32)
 UNEQUAL = np.geomspace(4, 0.1, T)
 POWER = jax.jit(jax.vmap(lambda policy, gains, problem: policy.allocate(gains, problem), (None, 0, None)))
 ONE = jax.jit(lambda policy, gains, problem: policy.allocate(gains, problem))
-NAMES = ["loaded", *(name for name in POLICIES if name != "codec")]
+NAMES = ["loaded", *(name for name in POLICIES.names if name != "codec")]
 CLAIRVOYANT = ["waterfilling_clairvoyant", "clairvoyant"]
 
 

@@ -1,4 +1,4 @@
-"""Dynamic programming: the causal optimum of power control, for independent and for Gauss-Markov Rayleigh fading.
+"""Dynamic programming: the causal optimum of power control, for independent and for Markov fading.
 
 Write J_t(e) for the least expected error of blocks t, t+1, ... with energy e, before g_t is known. It is convex and
 decreasing; with price lambda_t(e) = -J_t'(e), the best power in block t of gain g solves
@@ -15,16 +15,14 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import i0e
 from jaxtyping import Array, Float
 
-from megjax.channel import Fading, GaussMarkovFading
+from megjax.channel import Fading
 from megjax.channel.fading import DEPENDENCES
 from megjax.channel.numerics import bisect
-from megjax.channel.parameters import number
 from megjax.configs import require
 from megjax.power.laws import GainLaw, gain_law
-from megjax.power.policies import spend
+from megjax.power.policies.base import POLICIES, PowerPolicy, spend
 from megjax.power.problem import Problem
 from megjax.precision import exact_matmul
 from megjax.pytrees import pytree_dataclass
@@ -33,8 +31,9 @@ ENERGIES = 193
 """Grid points of the energy left, cubic from 0 to all of it."""
 MARKOV_GAINS, LARGEST_AMPLITUDE = 160, 4.0
 """Grid points of |h| for Gauss-Markov fading, and where they end (P(|h| > 4) = 1e-7)."""
-LARGEST_RHO = 0.98
-"""Beyond it the grid of gains is too coarse for the transition law."""
+LEAST_DEVIATION = 3.6
+"""Deviation of |h_{t+1}| given |h_t|, in steps of that grid, below which the grid is too coarse for the transition law:
+a correlation beyond 0.98 of Gauss-Markov fading."""
 _BISECTIONS = 26
 _LEAST_PRICE = 1e-30
 
@@ -47,23 +46,23 @@ class MarkovLaw(NamedTuple):
     transitions: Float[Array, "m m"]
 
 
-def markov_law(fading: GaussMarkovFading) -> MarkovLaw:
-    """The chain of |h_t|^2 under Gauss-Markov fading: given |h_t|^2 = g, |h_{t+1}|^2 is noncentral chi-squared.
+def markov_law(fading: Fading) -> MarkovLaw:
+    """The chain of |h_t|^2 under a law with `gain_log_density` and `transition_log_density`.
 
-    Its density is exp(-(x + r g) / (1 - r)) I0(2 sqrt(r g x) / (1 - r)) / (1 - r), r = rho^2. ValueError for |rho|
-    above 0.98, which the grid does not resolve.
+    ValueError for a law without them, or one whose |h_t| moves by less from block to block than the grid resolves.
     """
-    rho = number(fading, "rho")
-    require(abs(rho) <= LARGEST_RHO, "rho", rho, f"within +-{LARGEST_RHO} for dynamic programming")
+    methods = [getattr(fading, name, None) for name in ("gain_log_density", "transition_log_density")]
+    require(None not in methods, "fading", fading, "a law with gain_log_density and transition_log_density")
     step = LARGEST_AMPLITUDE / MARKOV_GAINS
     amplitude = step * (np.arange(MARKOV_GAINS) + 0.5)
-    gains, r = amplitude**2, rho**2
-    before, after = gains[:, None], gains[None]
-    argument = 2 * np.sqrt(r * before * after) / (1 - r)
-    log_density = argument - (after + r * before) / (1 - r) + np.log(np.asarray(i0e(argument), np.float64))
-    transitions = amplitude[None] * np.exp(log_density)
+    gains = amplitude**2
+    log_stationary, log_transitions = methods[0](gains), methods[1](gains[:, None], gains[None])
+    stationary = amplitude * np.exp(log_stationary - log_stationary.max())
+    transitions = amplitude[None] * np.exp(log_transitions - log_transitions.max(1, keepdims=True))
     transitions /= transitions.sum(1, keepdims=True)
-    stationary = amplitude * np.exp(-gains)
+    deviation = float(np.sqrt(transitions @ gains - (transitions @ amplitude) ** 2).min() / step)
+    allowed = f"{LEAST_DEVIATION} or more for dynamic programming"
+    require(deviation >= LEAST_DEVIATION, "fading's deviation of |h| given the block before", deviation, allowed)
     return MarkovLaw(*(jnp.asarray(x, jnp.float32) for x in (gains, stationary / stationary.sum(), transitions)))
 
 
@@ -123,19 +122,19 @@ class CausalOptimum:
 
 
 def causal_optimum(fading: Fading, num_blocks: int = 16) -> CausalOptimum:
-    """The causal optimum for independent gains or for Gauss-Markov Rayleigh fading; for use outside jit.
+    """The causal optimum for gains that are independent or a Markov chain of known transitions; for use outside jit.
 
-    ValueError for a law that does not say that its blocks are independent (`Fading.dependence`), such as Jakes fading,
-    OFDM and shadowing, for which no such recursion holds.
+    ValueError for a law that does not say so of its blocks (`Fading.dependence`), such as Jakes fading, OFDM and
+    shadowing, for which no such recursion holds.
     """
     dependence = getattr(fading, "dependence", None)
     stated = dependence in DEPENDENCES
     require(stated, f"{type(fading).__name__}.dependence", dependence, f"one of {DEPENDENCES}, how its blocks depend")
-    solved = dependence == "independent" or isinstance(fading, GaussMarkovFading)
-    require(solved, "fading", fading, "independent from block to block or Gauss-Markov")
-    if isinstance(fading, GaussMarkovFading) and number(fading, "rho") != 0:
-        return CausalOptimum(markov_law(fading))
-    return CausalOptimum(gain_law(fading, num_blocks))
+    require(dependence != "other", "fading", fading, "independent from block to block, or Markov such as Gauss-Markov")
+    return CausalOptimum(markov_law(fading) if dependence == "markov" else gain_law(fading, num_blocks))
+
+
+POLICIES.register(PowerPolicy(name="dp", title="causal optimum", version=1, rank=80, make=causal_optimum))
 
 
 def _useful(problem: Problem, blocks_left) -> Array:

@@ -6,10 +6,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import i0e
 from jaxtyping import Array, ArrayLike, Complex, Key
 
+from megjax.channel.fading.base import FADINGS, FadingLaw
 from megjax.channel.numerics import safe_sqrt
-from megjax.channel.parameters import channel_model, check, check_count, scalar
+from megjax.channel.parameters import channel_model, check, check_count, number, scalar
 from megjax.channel.phasor import rotation
 from megjax.channel.random import complex_normal, split, uniform
 from megjax.precision import EXACT
@@ -76,6 +78,10 @@ class JakesFading:
         gains = jnp.einsum("mq,ms->qs", coarse, fine, precision=EXACT)
         return gains.reshape(-1)[:num_blocks]
 
+    def gain_log_density(self, gains: np.ndarray) -> np.ndarray:
+        """Of the exponential distribution."""
+        return -gains
+
 
 @channel_model
 class GaussMarkovFading:
@@ -108,3 +114,39 @@ class GaussMarkovFading:
 
         later = jax.lax.scan(advance, noise[0], noise[1:])[1]
         return jnp.concatenate([noise[:1], later])
+
+    def gain_log_density(self, gains: np.ndarray) -> np.ndarray:
+        """Of the exponential distribution."""
+        return -gains
+
+    def transition_log_density(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        """Of the noncentral chi-squared distribution.
+
+        The density is exp(-(x + r g) / (1 - r)) I0(2 sqrt(r g x) / (1 - r)) / (1 - r), r = rho^2, at x = `after` for
+        g = `before`.
+        """
+        r = number(self, "rho") ** 2
+        argument = 2 * np.sqrt(r * before * after) / (1 - r)
+        return argument - (after + r * before) / (1 - r) + np.log(np.asarray(i0e(argument), np.float64))
+
+
+FADINGS.register(
+    FadingLaw(
+        name="jakes",
+        title="Jakes",
+        version=1,
+        rank=50,
+        make=JakesFading,
+        parameter="Doppler shift in cycles per block",
+    )
+)
+FADINGS.register(
+    FadingLaw(
+        name="gauss-markov",
+        title="Gauss-Markov",
+        version=1,
+        rank=60,
+        make=GaussMarkovFading,
+        parameter="correlation",
+    )
+)

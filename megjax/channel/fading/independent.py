@@ -1,36 +1,19 @@
 """Laws of the block-fading gains h_t, all with E|h_t|^2 = 1, that are independent from block to block."""
 
-import math
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import i0e
 from jaxtyping import Array, ArrayLike, Complex, Key
 
-from megjax import units
+from megjax.channel.fading.base import FADINGS, FadingLaw
 from megjax.channel.numerics import safe_sqrt
-from megjax.channel.parameters import channel_model, check, check_count, scalar
+from megjax.channel.parameters import channel_model, check, check_count, number, scalar
 from megjax.channel.random import complex_normal, split, unit_phasor
 from megjax.pytrees import static
-
-DEPENDENCES = ("independent", "markov", "other")
-
-
-@runtime_checkable
-class Fading(Protocol):
-    """Anything that draws the gains of one transmission.
-
-    `dependence`, one of `DEPENDENCES`, says how the power gains |h_t|^2 of different blocks depend on each other:
-
-    - "independent": not at all.
-    - "markov": given |h_t|^2, later ones do not depend on earlier ones.
-    - "other": in some other way.
-    """
-
-    dependence: ClassVar[str]
-
-    def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
-        """Complex gains [t] of `num_blocks` consecutive blocks, one realisation; the caller vmaps over keys."""
+from megjax.units import db_to_linear
 
 
 @channel_model
@@ -55,6 +38,10 @@ class RayleighFading:
         """Gains [t], independent and circularly symmetric Gaussian."""
         check_count("num_blocks", num_blocks)
         return complex_normal(key, (num_blocks,))
+
+    def gain_log_density(self, gains: np.ndarray) -> np.ndarray:
+        """Of the exponential distribution."""
+        return -gains
 
 
 @channel_model
@@ -90,6 +77,12 @@ class RicianFading:
         line_of_sight = safe_sqrt(k_factor / (1 + k_factor)).astype(jnp.complex64) * direction
         return line_of_sight + jax.lax.rsqrt(1 + k_factor).astype(jnp.complex64) * complex_normal(key, (num_blocks,))
 
+    def gain_log_density(self, gains: np.ndarray) -> np.ndarray:
+        """Of the noncentral chi-squared distribution with two degrees of freedom."""
+        k = number(self, "k_factor")
+        argument = 2 * np.sqrt(k * (1 + k) * gains)
+        return argument - (1 + k) * gains + np.log(np.asarray(i0e(argument), np.float64))
+
 
 @channel_model
 class NakagamiFading:
@@ -115,37 +108,22 @@ class NakagamiFading:
         log_power = jax.random.loggamma(gamma_key, m, (num_blocks,), jnp.float32) - jnp.log(m)
         return jnp.exp(log_power / 2).astype(jnp.complex64) * unit_phasor(phase_key, (num_blocks,))
 
+    def gain_log_density(self, gains: np.ndarray) -> np.ndarray:
+        """Of the gamma distribution."""
+        m = number(self, "m")
+        return (m - 1) * np.log(gains) - m * gains
 
-@channel_model
-class ShadowedFading:
-    """Log-normal shadowing on top of another law: one factor per realisation, the same for all blocks of an image.
 
-    h_t = 10^(X / 20) f_t / sqrt(E 10^(X / 10)) with X ~ N(0, sigma_db^2) in dB and f_t the gains of `fading`, any
-    `Fading` that is a pytree. The linear mean E 10^(X / 10) = exp((sigma_db ln 10 / 10)^2 / 2) keeps E|h_t|^2 = 1: the
-    median power is then below 0 dB, by sigma_db^2 ln 10 / 20 dB. G. L. Stüber, "Principles of Mobile Communication",
-    4th ed., 2017, section 2.4 (log-normal shadowing and its area mean). Raises ValueError for sigma_db < 0 or not
-    finite, or when `fading` has no method `sample`.
-    """
-
-    dependence: ClassVar[str] = "other"
-    fading: Fading
-    sigma_db: ArrayLike
-
-    def __post_init__(self):
-        if isinstance(self.fading, type) or not callable(getattr(self.fading, "sample", None)):
-            raise ValueError(f"fading is {self.fading!r}; it must have a method sample(key, num_blocks)")
-        check("sigma_db", self.sigma_db, "finite and 0 or more, in dB", lambda sigma: sigma >= 0)
-
-    @property
-    def mean_gain(self) -> float:
-        """E|h|^2, that of `fading`."""
-        return getattr(self.fading, "mean_gain", 1.0)
-
-    def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
-        """Gains [t]: those of `fading` times the shadowing of this realisation."""
-        sigma_db = scalar("sigma_db", self.sigma_db)
-        fading_key, shadow_key = split(key)
-        mean_db = jnp.square(sigma_db) * (math.log(10) / 20)
-        shadowing_db = sigma_db * jax.random.normal(shadow_key, (), jnp.float32) - mean_db
-        shadowing = units.db_to_linear(shadowing_db / 2).astype(jnp.complex64)
-        return shadowing * self.fading.sample(fading_key, num_blocks)
+FADINGS.register(FadingLaw(name="rayleigh", title="Rayleigh", version=1, rank=10, make=RayleighFading))
+FADINGS.register(FadingLaw(name="awgn", title="AWGN", version=1, rank=20, make=NoFading))
+FADINGS.register(
+    FadingLaw(
+        name="rician",
+        title="Rician",
+        version=1,
+        rank=30,
+        make=lambda k_db: RicianFading(float(db_to_linear(k_db))),
+        parameter="K in dB",
+    )
+)
+FADINGS.register(FadingLaw(name="nakagami", title="Nakagami", version=1, rank=40, make=NakagamiFading, parameter="m"))
