@@ -14,9 +14,9 @@ from jaxtyping import PyTree
 
 from megjax.channel import RayleighFading
 from megjax.codec import link
+from megjax.codec.coders import LearnedCoder
 from megjax.codec.fitting import Conditions, codec_loss
 from megjax.codec.network import Constant, SeedCodecConfig, SeedNetwork
-from megjax.codec.schemes import LearnedScheme, simulate
 from megjax.configs import require
 from megjax.cost import shapes_of
 from megjax.diffusion import generation, layout
@@ -33,6 +33,7 @@ from megjax.ldm.stages import unet_loss
 from megjax.power.ppo import PPO
 from megjax.power.recipe import PowerRecipe
 from megjax.sharding import fsdp_specs, tensor_shardings
+from megjax.system import AnalogLink, send_latents
 from megjax.tpu import TpuConfig
 from megjax.training import FitConfig, data_parallel, init_state, make_step
 
@@ -196,9 +197,8 @@ class Jobs:
         num_symbols = link.symbols_at_rate(RATE, network.config.num_values)
 
         def local(params, state, keys, latents, snr_db):
-            scheme, fading = LearnedScheme(graph, state), RayleighFading()
-            size = {"num_symbols": num_symbols, "num_blocks": NUM_BLOCKS}
-            received, block_snr = simulate(scheme, keys, latents, snr_db, fading, **size)
+            coder, way = LearnedCoder(graph, state), AnalogLink(num_symbols, NUM_BLOCKS)
+            received, block_snr = send_latents(way, coder, keys, latents, snr_db, RayleighFading())
             return generation.decode(graphs, params, received, self._images("decode")), block_snr
 
         whole, split = PartitionSpec(), PartitionSpec(_SPLIT)

@@ -11,38 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jaxtyping import Array
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
-from tqdm import tqdm
 
-from eval import codec_plots
-from eval.codec_points import Point, shows_images, table_rows
-from megjax.channel import RayleighFading, symbols_per_block
-from megjax.channel.loading import mean_lmmse_error_awgn
-from megjax.channel.numerics import squared_magnitude
-from megjax.channel.theory import mean_lmmse_error_rayleigh
-from megjax.codec import SeedCodec, link
-from megjax.codec.digital import DigitalSeed, choose_step, fit_digital, quantise
-from megjax.codec.linear import LatentStatistics, latent_statistics
-from megjax.codec.opta import link_bits, opta_nmse
-from megjax.codec.schemes import (
-    POWERS,
-    KLTScheme,
-    LearnedScheme,
-    RawScheme,
-    additive_prediction,
-    block_power,
-    block_weights,
-    draw_gains,
-    realisation_keys,
-    simulate,
-)
+from megjax.codec.coders import KLTCoder, LearnedCoder, RawCoder
+from megjax.codec.importance import POWERS, additive_prediction, block_weights
 from megjax.configs import in_one_step, read_json, require, require_positive_integers, write_json
 from megjax.data.latents import generate, model_digest, scene_captions
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.keys import from_seed
 from megjax.metrics import psnr
 from megjax.runtime import check_seed, command, prepare_output
+from megjax.system import AnalogLink, draw_gains, realisation_keys, send_latents
 from megjax.units import check_snr_db, db_to_linear, linear_to_db
 
 MEAN_ERRORS = {"rayleigh": mean_lmmse_error_rayleigh, "awgn": mean_lmmse_error_awgn}
@@ -172,13 +150,8 @@ class Bench:
                 self.digital, self.statistics, keys, latents, index, fading, snr_db, **size
             )
         scheme = self.schemes[point.scheme, point.fading]
-        spending = _spending(scheme, snr_db, **size, mapping=point.mapping)
-        power, total = block_power(spending, point.power), self.statistics.total_variance
-        if point.scheme == "klt":  # its law only mattered for the spending: both laws share a program
-            scheme = self.schemes["klt", "rayleigh"]
-        return lambda keys, latents: _receive(
-            scheme, spending, power, keys, latents, total, fading, snr_db, **size, mapping=point.mapping
-        )
+        link, total = AnalogLink(**size, mapping=point.mapping), self.statistics.total_variance
+        return lambda keys, latents: _receive(scheme, keys, latents, total, fading, snr_db, link, point.power)
 
     def study(self, snr_db: float, num_symbols: int) -> dict[str, np.ndarray]:
         """Load and weights of the codec's ordered blocks at an effective SNR, and how well the additive model does."""
@@ -210,9 +183,9 @@ _additive = jax.jit(functools.partial(additive_prediction, num_realisations=STUD
 _psnr = jax.jit(jax.vmap(psnr))
 
 
-@functools.partial(jax.jit, static_argnames=_size)
-def _receive(scheme, spending, power, keys, latents, total, fading, snr_db, **options):
-    received, _ = simulate(scheme, keys, latents, snr_db, fading, power=power, spending=spending, **options)
+@functools.partial(jax.jit, static_argnames=("link", "power"))
+def _receive(scheme, keys, latents, total, fading, snr_db, link, power):
+    received, _ = send_latents(link, scheme, keys, latents, snr_db, fading, power)
     return jnp.square(received - latents).sum((1, 2, 3)) / total, received
 
 
@@ -311,15 +284,15 @@ def make_bench(args: Arguments, pipe: StableDiffusion, codec: SeedCodec, denoise
     """Latents and the schemes fitted to the training latents."""
     training, latents = (cached_latents(pipe, args, held_out) for held_out in (False, True))
     statistics, shape = latent_statistics(training), tuple(training.shape[1:])
-    raw = RawScheme.of(training)
+    raw = RawCoder.of(training)
     schemes = {}
     for fading, mean_error in MEAN_ERRORS.items():
-        schemes["seed", fading] = LearnedScheme(codec.graph, codec.state)
-        schemes["klt", fading] = KLTScheme(statistics, shape, mean_error)
+        schemes["seed", fading] = LearnedCoder(codec.graph, codec.state)
+        schemes["klt", fading] = KLTCoder(statistics, shape, mean_error)
         schemes["raw", fading] = raw
         schemes["raw_wiener", fading] = dataclasses.replace(raw, statistics=statistics)
         if denoiser is not None:
-            schemes["raw_denoiser", fading] = LearnedScheme(denoiser.graph, denoiser.state)
+            schemes["raw_denoiser", fading] = LearnedCoder(denoiser.graph, denoiser.state)
     return Bench(args, pipe, latents, schemes, statistics, fit_digital(statistics, training))
 
 

@@ -4,7 +4,7 @@ import itertools
 from typing import NamedTuple
 
 from megjax.codec import link
-from megjax.codec.schemes import POWERS
+from megjax.codec.importance import POWERS
 from megjax.units import linear_to_db
 
 MODES = ("equal_energy", "equal_power")

@@ -16,23 +16,32 @@ from megjax.diffusion.layout import locate
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.keys import from_seed
 from megjax.runtime import command, prepare_output
-from megjax.system import Resources, fit_image_codec, make_simulator, measure_work, scheme_cost
+from megjax.system import (
+    Resources,
+    SystemConfig,
+    find_scheme,
+    fit_image_codec,
+    make_simulator,
+    measure_work,
+    scheme_cost,
+)
 from megjax.tables import write_parquet
 from megjax.units import check_snr_db
 
-SCHEMES = {
-    "centralized, analog": ("centralized", "analog", {}),
-    "centralized, uncoded 16-QAM": ("centralized", "qam", {}),
-    "centralized, coded": ("centralized", "coded", {}),
-    "latent": ("latent", "symbol", {}),
-    "latent, Wiener receiver": ("latent", "wiener", {}),
-    "seed, r = 4": ("seed", "learned", {}),
-    "split, 1 device step": ("split", None, {"device_steps": 1}),
-    "split, 5 device steps": ("split", None, {"device_steps": 5}),
-    "split, 20 server and 5 device steps": ("split", None, {"device_steps": 5, "server_steps": 20}),
-    "split of the seed, 5 device steps": ("split", "seed", {"device_steps": 5}),
-    "prompt alone, 5 device steps": ("prompt", None, {"device_steps": 5}),
-}
+SCHEMES = (
+    ("centralized", ""),
+    ("centralized-qam", ""),
+    ("centralized-coded", ""),
+    ("latent", ""),
+    ("latent-wiener", ""),
+    ("seed", ""),
+    ("split:device_steps=1", ", 1 device step"),
+    ("split:device_steps=5", ", 5 device steps"),
+    ("split:device_steps=5,server_steps=20", ", 20 server and 5 device steps"),
+    ("split-seed:device_steps=5", ", 5 device steps"),
+    ("prompt:device_steps=5", ", 5 device steps"),
+)
+"""Schemes with their options, and how titles say the options."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +74,15 @@ def run(args: Arguments) -> pd.DataFrame:
     require(latents is not None, "--model", args.model, "a model whose codec has validation latents")
     latents = jnp.asarray(latents[:200])
     pictures = pipe.decode(latents, 20)
-    options = {"mode": "equal_power", "rate": args.rate, "num_steps": args.steps}
+    config = SystemConfig(num_steps=args.steps)
     table = fit_image_codec(from_seed(0), pictures, RayleighFading(), [args.snr_db])
     rows, ids, work = [], pipe.tokenize(["a house"]), None
-    for name, (scheme, variant, more) in SCHEMES.items():
-        made = make_simulator(
-            pipe, codec, scheme, None, "equal", variant=variant, image_codec=table, **(options | more)
-        )
-        count = None if hasattr(made.link, "num_symbols") else _mean_symbols(made, latents, pictures, args)
+    for spec, ending in SCHEMES:
+        scheme = find_scheme(spec, defaults={"rate": args.rate})
+        name = scheme.title + (f", r = {args.rate:g}" if scheme.name == "seed" else "") + ending
+        fitted = table if scheme.name == "centralized-coded" else None
+        made = make_simulator(pipe, codec, scheme, policy="equal", config=config, fitted=fitted)
+        count = _mean_symbols(made, latents, pictures, args) if made.link.num_symbols is None else None
         work = measure_work(made, ids, work)
         cost = scheme_cost(made, work, args.resources, count)
         rows.append({"scheme": name, **dataclasses.asdict(cost), "latency_s": cost.latency_s})

@@ -27,7 +27,7 @@ from megjax.keys import from_seed
 from megjax.metrics import SceneNet, psnr, ssim
 from megjax.metrics.scenenet import caption_accuracy, predict
 from megjax.runtime import check_seed, command, prepare_output
-from megjax.system import NUM_BLOCKS, SCHEMES, SourceStatistics, make_simulator, num_symbols
+from megjax.system import NUM_BLOCKS, SCHEMES, SourceStatistics, SystemConfig, find_scheme, make_simulator
 from megjax.units import check_snr_db
 
 
@@ -50,7 +50,8 @@ class Arguments:
     codec: str | None = None
     """Codec of the seed: "scenes" (bundled) or a folder that train.codec wrote; default: the model's, if it has one."""
     schemes: tuple[str, ...] = ("centralized", "latent", "seed")
-    """Of centralized, latent, seed, split and prompt (nothing but the text arrives); without a codec no seed."""
+    """Of megjax.system.SCHEMES, such as centralized, latent, seed, split and prompt (nothing but the text arrives),
+    with options as in seed:mapping=interleaved; those that need a codec are left out without one."""
     device_steps: int = 5
     """Denoising steps of the device (split)."""
     rate: float = 4.0
@@ -177,21 +178,28 @@ def run(args: Arguments) -> list[dict]:
         require(bool(prompt.strip()), "prompt", prompt, "text that is not blank")
     require(math.isfinite(args.guidance), "--guidance", args.guidance, "a finite number")
     check_seed(args.seed)
+    require(len(args.schemes) > 0, "--schemes", args.schemes, f"of {', '.join(SCHEMES.names)}")
+    given = {"rate": args.rate, "device_steps": args.device_steps}
+    chosen = {name: find_scheme(name, "--schemes", given) for name in args.schemes}
+    for name, scheme in chosen.items():
+        require(scheme.result != "error", "--schemes", name, "schemes that images come out of")
     folder = locate(args.model)
     prepare_output(args.output)
     pipe = StableDiffusion.from_pretrained(folder)
     pipe.sampler(args.sampler, args.steps)
     codec = find_codec(args, folder, pipe.latent_shape())
-    unknown = [name for name in args.schemes if name not in SCHEMES]
-    require(not unknown and len(args.schemes) > 0, "--schemes", args.schemes, f"of {tuple(SCHEMES)}")
-    schemes = [scheme for scheme in args.schemes if scheme != "seed" or codec is not None]
-    symbols = {name: num_symbols(name, (*pipe.image_size, 3), pipe.latent_shape(), args.rate) for name in schemes}
-    fills = all(count >= NUM_BLOCKS or name == "prompt" for name, count in symbols.items())
+    schemes = {name: scheme for name, scheme in chosen.items() if codec is not None or not scheme.needs_codec}
+    shapes = (*pipe.image_size, 3), pipe.latent_shape()
+    symbols = {name: scheme.num_symbols(*shapes) for name, scheme in schemes.items()}
+    fills = all(symbols[name] is None or symbols[name] >= NUM_BLOCKS or not schemes[name].transmits for name in schemes)
     require(fills, "--model", args.model, f"a model whose latent fills {NUM_BLOCKS} fading blocks, not {symbols}")
-    statistics = SourceStatistics.load(folder, pipe.configs.vae.latent_channels)
-    options = {"statistics": statistics, "rate": args.rate, "device_steps": args.device_steps}
-    options |= {"num_steps": args.steps, "sampler": args.sampler, "guided": args.guidance > 1}
-    made = {name: make_simulator(pipe, codec, name, FADING, args.policy, **options) for name in schemes}
+    config = SystemConfig(
+        statistics=SourceStatistics.load(folder, pipe.configs.vae.latent_channels),
+        num_steps=args.steps,
+        sampler=args.sampler,
+        guided=args.guidance > 1,
+    )
+    made = {name: make_simulator(pipe, codec, one, FADING, args.policy, config) for name, one in schemes.items()}
     scenenet = SceneNet.load(folder / "scenenet") if (folder / "scenenet").is_dir() else None
 
     image_key, channel_key = jax.random.split(from_seed(args.seed))

@@ -17,7 +17,7 @@ from eval.measure import console
 from megjax.channel import RayleighFading
 from megjax.channel.numerics import squared_magnitude
 from megjax.codec import SeedCodec
-from megjax.codec.schemes import LearnedScheme, draw_gains, realisation_keys, simulate
+from megjax.codec.coders import LearnedCoder
 from megjax.configs import require_positive_integers, write_text
 from megjax.data.latents import load
 from megjax.diffusion.pipeline import StableDiffusion
@@ -25,8 +25,9 @@ from megjax.keys import from_seed
 from megjax.metrics import bootstrap_interval, psnr
 from megjax.power import LearnedPower, LoadedPower, make_policy, power_problem
 from megjax.runtime import command, prepare_output
+from megjax.system import AnalogLink, Source, realisation_keys, realise
 from megjax.tables import write_parquet
-from megjax.units import check_snr_db
+from megjax.units import check_snr_db, db_to_linear
 
 NAMES = ("equal", "static", "codec", "waterfilling", "dp", "clairvoyant", "ppo")
 FADING, BLOCKS = RayleighFading(), 16
@@ -53,15 +54,18 @@ class Arguments:
 
 
 @functools.partial(jax.jit, static_argnames=("num_symbols", "mapping"))
-def _send(scheme, policy, keys, latents, snr_db, problem, num_symbols: int, mapping: str):
+def _send(coder, policy, keys, latents, snr_db, problem, num_symbols: int, mapping: str):
     """Received latents, the blocks' power by `policy` on each image's gains."""
-    power = jax.vmap(lambda h: policy.allocate(squared_magnitude(h), problem))(draw_gains(keys, FADING, BLOCKS))
+    link, noise_var = AnalogLink(num_symbols, BLOCKS, mapping), 1 / db_to_linear(snr_db)
+    code = link.code(coder, Source(latents, None, latents), snr_db, None)
 
-    def one(key, latent, power):
-        options = {"num_symbols": num_symbols, "mapping": mapping, "num_blocks": BLOCKS}
-        return simulate(scheme, key[None], latent[None], snr_db, FADING, power=power, **options)[0][0]
+    def one(key, payload):
+        def allocate(gains):
+            return policy.allocate(squared_magnitude(gains), problem)
 
-    return jax.vmap(one)(jax.vmap(jax.random.clone)(keys), latents, power)
+        return realise(link, coder, key, code._replace(payload=payload), FADING, noise_var, allocate).received
+
+    return link.decode(coder, jax.vmap(one)(keys, code.payload), code.shared)
 
 
 def policies(args: Arguments, codec: SeedCodec, snr_db: float, mapping: str) -> dict:
@@ -81,7 +85,7 @@ def run(args: Arguments) -> pd.DataFrame:
     codec, pipe = SeedCodec.from_pretrained("scenes"), StableDiffusion.from_pretrained("scenes")
     latents = load(args.held_out)[: args.num]
     prepare_output(args.output)
-    scheme, count, key = LearnedScheme(codec.graph, codec.state), codec.num_symbols(args.rate), from_seed(0)
+    scheme, count, key = LearnedCoder(codec.graph, codec.state), codec.num_symbols(args.rate), from_seed(0)
     parts = [slice(i, i + args.batch) for i in range(0, len(latents), args.batch)]
     originals = [pipe.decode(jnp.asarray(latents[part])) for part in parts]
     compare, rows = jax.jit(jax.vmap(psnr)), []

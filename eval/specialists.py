@@ -13,13 +13,14 @@ from rich.table import Table
 from eval.measure import console
 from megjax.channel import NoFading, RayleighFading
 from megjax.codec import SeedCodec
+from megjax.codec.coders import LearnedCoder
 from megjax.codec.recipe import PRESETS, specialist, train_codec
-from megjax.codec.schemes import LearnedScheme, simulate
 from megjax.configs import require, require_positive_integers, write_json
 from megjax.data import latents
 from megjax.keys import from_seed
 from megjax.metrics import bootstrap_interval
 from megjax.runtime import command, prepare_output
+from megjax.system import AnalogLink, send_latents
 from megjax.units import check_snr_db
 
 FADINGS = {"awgn": NoFading(), "rayleigh": RayleighFading()}
@@ -51,16 +52,16 @@ class Arguments:
 
 def errors(codec: SeedCodec, held_out: np.ndarray, snr_db: float, num_symbols: int) -> dict[str, np.ndarray]:
     """Squared error of every held-out latent over one realisation of each fading, the same for all codecs."""
-    scheme = LearnedScheme(codec.graph, codec.state)
+    coder, link = LearnedCoder(codec.graph, codec.state), AnalogLink(num_symbols)
 
     @jax.jit
-    def send(scheme, fading, keys, z):
-        received, _ = simulate(scheme, keys, z, snr_db, fading, num_symbols=num_symbols)
+    def send(coder, fading, keys, z):
+        received, _ = send_latents(link, coder, keys, z, snr_db, fading)
         return jnp.square(received - z).sum((1, 2, 3))
 
     keys = jax.vmap(lambda i: jax.random.fold_in(from_seed(0), i))(jnp.arange(len(held_out)))
     z = jnp.asarray(held_out)
-    return {name: np.asarray(send(scheme, law, jax.random.clone(keys), z)) for name, law in FADINGS.items()}
+    return {name: np.asarray(send(coder, law, jax.random.clone(keys), z)) for name, law in FADINGS.items()}
 
 
 def loss_db(universal: np.ndarray, single: np.ndarray) -> dict[str, float]:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from eval.measure import console, environment, num_cores
 from megjax.configs import require
+from megjax.metrics import METRICS
 from megjax.runtime import command, prepare_output, use_cpu_devices
 from megjax.sweep import SweepConfig, run_sweep
 
@@ -87,13 +88,12 @@ def selected(args: Arguments) -> dict[Path, SweepConfig]:
 
 def show(frame: pd.DataFrame, folder: Path) -> None:
     """Print one line a point."""
-    given = [("psnr_db", "PSNR (dB)"), ("frechet", "Frechet"), ("caption_accuracy", "captions"), ("nmse", "NMSE")]
-    present = [(name, title) for name, title in given if name in frame and frame[name].notna().any()]
+    present = [metric for metric in METRICS if metric.name in frame and frame[metric.name].notna().any()]
     lists = [name for name in ("fading", "rate", "policy", "device_steps", "server_steps") if frame[name].nunique() > 1]
-    table = Table("scheme", "mode", "SNR (dB)", *lists, "symbols", *(title for _, title in present), title=str(folder))
+    table = Table("scheme", "mode", "SNR (dB)", *lists, "symbols", *(m.title for m in present), title=str(folder))
     for row in frame.to_dict("records"):
         cells = [row["scheme"], row["mode"], f"{row['snr_db']:g}", *(str(row[name]) for name in lists)]
-        values = (f"{row[name]:.3f}" if pd.notna(row[name]) else "-" for name, _ in present)
+        values = (f"{row[m.name]:{m.form}}" if pd.notna(row[m.name]) else "-" for m in present)
         table.add_row(*cells, f"{row['num_symbols']:,.0f}", *values)
     console().print(table)
 

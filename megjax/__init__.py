@@ -9,6 +9,7 @@ _EXPORTS = {
     "FlaxStableDiffusion": "megjax.diffusion.pipeline",
     "SeedCodec": "megjax.codec.seed",
     "LearnedPower": "megjax.power.actor_critic",
+    "SystemConfig": "megjax.system",
     "make_simulator": "megjax.system",
     "simulate": "megjax.system",
 }

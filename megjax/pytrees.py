@@ -42,3 +42,38 @@ def pytree_dataclass(cls: type[Class], *, eq: bool = True) -> type[Class]:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fixed:
+    """An object that is no pytree, as one without leaves; `value_of` gives it back."""
+
+    value: Any
+
+    def __eq__(self, other):
+        same = isinstance(other, Fixed) and self.value is other.value
+        return same or (isinstance(other, Fixed) and _hashable(self.value) and self.value == other.value)
+
+    def __hash__(self):
+        return hash(self.value) if _hashable(self.value) else id(self.value)
+
+
+def _hashable(value: Any) -> bool:
+    """Whether the value can be compared; a plain dataclass or one that holds arrays cannot, and is itself only."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def as_pytree(value: Any) -> Any:
+    """`value` if JAX knows how to take it apart, else wrapped as `Fixed`."""
+    leaves = jax.tree.leaves(value)
+    return Fixed(value) if len(leaves) == 1 and leaves[0] is value else value
+
+
+def value_of(tree: Any) -> Any:
+    """What `as_pytree` was given."""
+    return tree.value if isinstance(tree, Fixed) else tree

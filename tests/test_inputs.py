@@ -9,7 +9,7 @@ import megjax
 from megjax.codec import SeedCodec
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.keys import as_key
-from megjax.system import make_simulator
+from megjax.system import Split, SystemConfig, make_simulator
 
 pytestmark = pytest.mark.usefixtures("module_unchecked", "fast_compile")
 
@@ -129,11 +129,11 @@ def test_bad_latents_images_and_prompts(pipe):
         ({"snr_db": "10"}, "snr_db is '10'; it must be a finite number in dB"),
         ({"realisations": 1.5}, "realisations is 1.5; it must be an integer of at least 1"),
         ({"guidance_scale": [3.0]}, "guidance_scale is [3.0]; it must be one finite number"),
-        ({"num_steps": 0}, "num_steps is 0; it must be an integer of at least 1"),
+        ({"config": SystemConfig(num_steps=0)}, "num_steps is 0; it must be an integer of at least 1"),
     ],
 )
 def test_bad_arguments_of_a_simulation(pipe, codec, options, message):
-    given = {"key": 0, "pipe": pipe, "codec": codec, "prompts": PROMPTS, "policy": "equal", "rate": 2.0} | options
+    given = {"key": 0, "pipe": pipe, "codec": codec, "prompts": PROMPTS, "policy": "equal", "scheme": "seed:rate=2"} | options
     assert error_of(megjax.simulate, **given).startswith(message)
 
 
@@ -144,9 +144,11 @@ def test_pipeline_and_codec_in_each_others_place(pipe, codec):
 
 
 def test_counts_of_numpy_serve_in_a_simulator(pipe, codec):
-    counts = {"num_steps": 2, "device_steps": 1, "num_blocks": 4}
-    usual = make_simulator(pipe, codec, "split", policy="equal", **counts)
-    other = make_simulator(pipe, codec, "split", policy="equal", **{k: np.int64(v) for k, v in counts.items()})
+    def make(two, one, four):
+        config = SystemConfig(num_steps=two, num_blocks=four)
+        return make_simulator(pipe, codec, Split(one), policy="equal", config=config)
+
+    usual, other = make(2, 1, 4), make(*(np.int64(count) for count in (2, 1, 4)))
     assert usual.link == other.link and usual.sampler.num_steps == other.sampler.num_steps
 
 

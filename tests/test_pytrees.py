@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from megjax import channel, power
-from megjax.codec import schemes
+from megjax.codec import coders
 from megjax.pytrees import pytree_dataclass, static
 
 
@@ -74,7 +74,7 @@ def structures(module):
 
 
 def test_no_two_classes_of_the_library_share_a_structure():
-    found = structures(channel) | structures(schemes) | structures(power)
-    assert {"CausalOptimum", "ChannelInversion", "KLTScheme", "RayleighFading", "TDL"} <= set(found)
+    found = structures(channel) | structures(coders) | structures(power)
+    assert {"CausalOptimum", "ChannelInversion", "KLTCoder", "RayleighFading", "TDL"} <= set(found)
     shared = [(a, b) for a, b in itertools.combinations(found, 2) if found[a] == found[b]]
     assert not shared

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from megjax import channel
-from megjax.codec import SeedCodec, fitting, schemes
+from megjax.codec import SeedCodec, fitting
+from megjax.codec.coders import LearnedCoder
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.power import Problem, make_policy
 from megjax.power.environment import PowerControl
 from megjax.power.ppo import PPO, PPOConfig
-from megjax.system import SplitConstants, SplitLink
+from megjax.system import SplitConstants, SplitLink, realisation_keys
+from tests.coders import simulate
 from tests.test_layers import FILES, module_name
 
 pytestmark = pytest.mark.usefixtures("module_unchecked", "fast_compile")
@@ -113,8 +115,8 @@ def test_codec(tiny_codec):
 
     @jax.jit
     def send(key, state):
-        keys, scheme = schemes.realisation_keys(key, np.arange(3)), schemes.LearnedScheme(codec.graph, state)
-        return schemes.simulate(scheme, keys, latents, 3.0, channel.RayleighFading(), num_symbols=16)
+        keys, coder = realisation_keys(key, np.arange(3)), LearnedCoder(codec.graph, state)
+        return simulate(coder, keys, latents, 3.0, channel.RayleighFading(), num_symbols=16)
 
     assert_same_in_both_modes(lambda: send(jax.random.key(KEY), codec.state))
 

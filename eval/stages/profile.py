@@ -142,7 +142,6 @@ def program(stage: str) -> Callable[[], Any]:
     from megjax.codec import SeedCodec
     from megjax.codec.recipe import PRESETS
     from megjax.diffusion.pipeline import StableDiffusion
-    from megjax.system import make_simulator
 
     if stage == "channel":
         return channel.block_fading(65_536, dict.fromkeys(channel.PEERS))[3][0].call
@@ -158,8 +157,7 @@ def program(stage: str) -> Callable[[], Any]:
         configs, length = model_configs("sd15", jnp.float32)
         return diffusion.UNetCall(configs.unet, length, 2)
     pipe, seed = StableDiffusion.from_pretrained("scenes"), SeedCodec.from_pretrained("scenes")
-    simulator = make_simulator(pipe, seed, "seed", rate=system.RATE, num_steps=system.STEPS)
-    return system.Parts(simulator, np.asarray(seed.validation[:8], np.float32), 20, 40).received
+    return system.Parts(system.seed_simulator(pipe, seed), np.asarray(seed.validation[:8], np.float32), 20, 40).received
 
 
 def _make(request: dict[str, Any]):

@@ -12,12 +12,17 @@ from eval.stages.codec import EAGER, NO_DEVICE, peer, torch_modes
 from megjax.codec import SeedCodec
 from megjax.data.latents import over_devices
 from megjax.diffusion.pipeline import StableDiffusion
-from megjax.system import Simulator, make_simulator
+from megjax.system import Seed, Simulator, SystemConfig, make_simulator
 
 PEER = "torch_system"
 LOOP = "megjax, a loop over receptions"
 SNR_DB, RATE, STEPS = 0.0, 4.0, 25
 COLUMNS = ["implementation", "images/s", "ms an image", "of eager PyTorch", "first call (s)"]
+
+
+def seed_simulator(pipe: StableDiffusion, codec: SeedCodec) -> Simulator:
+    """The simulator of the stage."""
+    return make_simulator(pipe, codec, Seed(rate=RATE), config=SystemConfig(num_steps=STEPS))
 
 
 def run(
@@ -38,7 +43,7 @@ def run(
     latents = np.asarray(codec.validation[:images], np.float32)
     contenders, loops, notes = [], {}, []
     if ours:
-        whole = Parts(make_simulator(pipe, codec, "seed", rate=RATE, num_steps=STEPS), latents, realisations, batch)
+        whole = Parts(seed_simulator(pipe, codec), latents, realisations, batch)
         contenders = [Contender("megjax", whole.received), Contender(LOOP, whole.loop)]
         loops = {LOOP: whole.looped}
     peer_module = peer(PEER) if with_peers else None

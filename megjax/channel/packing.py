@@ -69,3 +69,15 @@ def radiated_energy(power: Float[Array, " t"], num_symbols: int, num_blocks: int
 def _check_mapping(mapping: str) -> None:
     if mapping not in MAPPINGS:
         raise ValueError(f"mapping is {mapping!r}; it must be one of {', '.join(MAPPINGS)}")
+
+
+def to_blocks(symbols: Complex[Array, " k"], num_blocks: int) -> Complex[Array, "t n"]:
+    """Symbols dealt out to the blocks in turn, as `pack` does with the values of an interleaved mapping."""
+    values = np.float32(np.sqrt(2)) * jnp.stack([symbols.real, symbols.imag], -1).reshape(-1)
+    return pack(values, num_blocks, "interleaved")
+
+
+def from_blocks(symbols: Complex[Array, "t n"], num_symbols: int) -> Complex[Array, " k"]:
+    """The inverse of `to_blocks`."""
+    values = unpack(symbols, 2 * num_symbols, "interleaved").reshape(-1, 2) / np.float32(np.sqrt(2))
+    return jax.lax.complex(values[:, 0], values[:, 1])

@@ -14,8 +14,9 @@ from safetensors.numpy import save
 
 from megjax.channel import MAPPINGS
 from megjax.codec import link
+from megjax.codec.coders import LearnedCoder
+from megjax.codec.importance import block_weights
 from megjax.codec.network import SeedCodecConfig, SeedNetwork
-from megjax.codec.schemes import LearnedScheme, block_weights
 from megjax.configs import from_mapping, in_one_step, read_json, require, require_count, require_type, write_json
 from megjax.keys import from_seed
 from megjax.units import check_snr_db
@@ -152,7 +153,7 @@ class SeedCodec:
         )
 
     def _measure_weights(self, state, latents, snr_db, *, num_symbols: int, num_blocks: int, mapping: str):
-        scheme, key = LearnedScheme(self.graph, state), from_seed(0)
+        scheme, key = LearnedCoder(self.graph, state), from_seed(0)
         return block_weights(scheme, key, latents, num_symbols, snr_db, num_blocks, mapping)
 
     def _check(self, num_symbols: int, snr_db: float, num_blocks: int, mapping: str) -> None:

@@ -1,5 +1,6 @@
 """Quality of received images: PSNR, SSIM, Frechet and kernel distances, caption accuracy, intervals, streaming."""
 
+from megjax.metrics.base import METRICS, Metric, Received, mean_over_images
 from megjax.metrics.bootstrap import bootstrap_interval
 from megjax.metrics.frechet import FrechetInterval, feature_statistics, frechet_distance, frechet_interval
 from megjax.metrics.image import psnr, ssim
@@ -12,6 +13,9 @@ __all__ = [
     "FrechetInterval",
     "GaussianMoments",
     "Inception",
+    "METRICS",
+    "Metric",
+    "Received",
     "SceneNet",
     "SceneNetConfig",
     "bootstrap_interval",
@@ -20,6 +24,7 @@ __all__ = [
     "frechet_interval",
     "kernel_distance",
     "make_image_metrics",
+    "mean_over_images",
     "psnr",
     "squared_mmd",
     "ssim",

@@ -1,10 +1,12 @@
 """PSNR and SSIM of one pair of images with values in [0, 1], channels last; the caller vmaps."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from megjax.configs import require
+from megjax.metrics.base import METRICS, Metric, Received
 from megjax.units import linear_to_db
 
 WINDOW_SIZE, WINDOW_SIGMA = 11, 1.5
@@ -55,3 +57,26 @@ def _blur(maps: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
     rows, columns = (size - WINDOW_SIZE + 1 for size in maps.shape[1:3])
     maps = sum(weight * maps[:, i : i + rows] for i, weight in enumerate(weights))
     return sum(weight * maps[:, :, i : i + columns] for i, weight in enumerate(weights))
+
+
+def _pairwise(function):
+    """A metric of two images over all receptions [b r]."""
+
+    def compute(received: Received) -> Float[Array, "b r"]:
+        return jax.vmap(jax.vmap(function, (None, 0)))(received.references, received.images)
+
+    return compute
+
+
+METRICS.register(
+    Metric(
+        name="psnr_db",
+        title="PSNR (dB)",
+        version=1,
+        rank=10,
+        compute=_pairwise(psnr),
+        needs=("images",),
+        form=".2f",
+    )
+)
+METRICS.register(Metric(name="ssim", title="SSIM", version=1, rank=20, compute=_pairwise(ssim), needs=("images",)))

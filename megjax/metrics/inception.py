@@ -227,6 +227,10 @@ class Inception(nnx.Module):
         x = chain(x, self.Mixed_6a, self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e)
         return chain(x, self.Mixed_7a, self.Mixed_7b, self.Mixed_7c).mean((1, 2))
 
+    def __call__(self, images: Array | np.ndarray) -> Float[Array, "b 2048"]:
+        """`features`, as SceneNet's features come from a call."""
+        return self.features(images)
+
     @classmethod
     def load(cls, path: str | Path, resizing: str = "bilinear") -> "Inception":
         """The network with the weights of the safetensors file `path`, under their PyTorch state-dict names.

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from megjax.configs import from_mapping, read_json, require_positive_integers, write_json
 from megjax.diffusion import checkpoint
 from megjax.diffusion.layers import ShapeRngs
+from megjax.metrics.base import METRICS, Metric, Received, References, mean_over_images
 from megjax.precision import promoting
 
 NUM_SCENE_ATTRIBUTES = 3  # time, sky, ground; then (kind, colour, size) of each place, kind 0 meaning "nothing here"
@@ -166,3 +168,27 @@ def caption_accuracy(
     """
     right = (predicted == labels) & mentioned
     return jnp.sum(right, axis=1) / jnp.sum(mentioned, axis=1), jnp.sum(right), jnp.sum(mentioned)
+
+
+def _caption_shares(received: Received) -> Float[Array, "b r"]:
+    """Share of stated attributes that every reception shows."""
+    labels, stated = (jnp.repeat(x, received.size[1], axis=0) for x in received.captions)
+    share, _, _ = caption_accuracy(labels_from_logits(received.output("scenenet")[1]), labels, stated)
+    return share.reshape(received.size)
+
+
+def _mean_over_statements(name: str, values: Float[np.ndarray, "n r"], references: References) -> dict[str, Any]:
+    return mean_over_images(name, values, references, weights=references.stated.sum(1).astype(float))
+
+
+METRICS.register(
+    Metric(
+        name="caption_accuracy",
+        title="caption accuracy",
+        version=1,
+        rank=40,
+        compute=_caption_shares,
+        needs=("images", "scenenet", "captions"),
+        reduce=_mean_over_statements,
+    )
+)

@@ -202,5 +202,6 @@ POLICIES.register(
         rank=90,
         make=lambda fading, num_blocks, folder="scenes": LearnedPower.from_pretrained(folder, num_blocks),
         parameter="FOLDER",
+        trained=True,
     )
 )

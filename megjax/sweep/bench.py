@@ -11,11 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from megjax.channel import symbols_per_block
-from megjax.channel.numerics import squared_magnitude
 from megjax.codec import SeedCodec
-from megjax.codec.opta import opta_nmse
-from megjax.codec.schemes import draw_gains, realisation_keys
 from megjax.configs import require
 from megjax.data import scenes
 from megjax.data.latents import generate, model_digest, scene_captions
@@ -24,35 +20,22 @@ from megjax.diffusion.layout import locate
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.keys import from_seed
 from megjax.metrics import Inception, SceneNet
-from megjax.sweep.config import (
-    LATENT_METRICS,
-    Point,
-    SweepConfig,
-    find_fading,
-    find_policy,
-    load_object,
-    object_digest,
-    part_digest,
-)
-from megjax.sweep.receive import PICTURES, devices_for, receive
+from megjax.sweep.config import Point, SweepConfig
+from megjax.sweep.identity import array_digest, digest, load_object, object_digest, sweep_fading, sweep_policy
+from megjax.sweep.receive import PICTURES, Batch, Common, Network, devices_for, receive
 from megjax.system import (
     BlockWeights,
-    Code,
-    SeedErrors,
+    Parts,
+    Scheme,
     Simulator,
     Source,
     SourceStatistics,
-    codec_statistics,
-    fit_image_codec,
+    SystemConfig,
+    find_scheme,
     make_simulator,
-    measured_weights,
-    num_symbols,
 )
-from megjax.system.image_codec import OPTIONS, compress
-from megjax.units import db_to_linear, linear_to_db
+from megjax.units import linear_to_db
 
-CODED = ("seed", "seed-klt", "latent-wiener", "split-seed", "opta")
-"""Schemes of a sweep that take a trained codec."""
 IMAGE_CODEC_SCENES = 400
 """Training pictures that the coded image's quality and rate are chosen on."""
 TABLE_KEY, RENDER_KEY = 2**32 - 1, 2**32 - 2
@@ -86,6 +69,19 @@ def read_prompts(config: SweepConfig, seed: int) -> Prompts:
     return Prompts(lines[: config.num_images])
 
 
+class Kept:
+    """Results of calls that take long, each made once by its arguments."""
+
+    def __init__(self):
+        self._made: dict[Any, Any] = {}
+
+    def get(self, make: Callable[[], Any], *arguments: Any) -> Any:
+        """The result of `make`, which is called unless one of these arguments is there."""
+        if arguments not in self._made:
+            self._made[arguments] = make()
+        return self._made[arguments]
+
+
 @dataclasses.dataclass(eq=False)
 class Bench:
     """One model and one seed, with everything that its points are measured with."""
@@ -94,19 +90,25 @@ class Bench:
     pipe: StableDiffusion
     codec: Any
     statistics: SourceStatistics
-    scenenet: SceneNet | None
-    inception: Inception | None
+    networks: tuple[Network, ...]
+    """Feature networks of the metrics."""
     seed: int
     prompts: Prompts
     cache: Path
     """Folder of the latents."""
     batch: int
     """Receptions at a time."""
+    kept: Kept = dataclasses.field(default_factory=Kept)
 
     @property
     def key(self):
-        """Of the link: it depends on the seed only."""
+        """PRNG key of the link, derived from the seed."""
         return from_seed(self.seed)
+
+    @property
+    def stated(self) -> np.ndarray | None:
+        """Which attributes [n a] each caption states; None for prompts that are no captions of scenes."""
+        return self.prompts.stated
 
     @functools.cached_property
     def ids(self) -> np.ndarray:
@@ -134,19 +136,16 @@ class Bench:
             return self.codec.config.num_tiles * float(np.square(scale).sum())
         return float(self.latents.reshape(len(self.latents), -1).var(0).sum())
 
-    @functools.cached_property
-    def looks(self) -> list[tuple]:
-        """SceneNet and Inception as graph and parameters, two times None where there is none."""
-        return [(None, None) if one is None else nnx.split(one) for one in (self.scenenet, self.inception)]
+    def reference_features(self, network: str) -> np.ndarray:
+        """Features of renders of the captions by a network of this name; of the server's images for other prompts."""
+        return self.kept.get(lambda: self._reference_features(network), "features", network)
 
-    @functools.cache  # noqa: B019
-    def reference_features(self, kind: str) -> np.ndarray:
-        """ "scenenet" or "inception" features of renders of the captions; of the server's images for other prompts."""
+    def _reference_features(self, name: str) -> np.ndarray:
         images = self.images if self.prompts.labels is None else self._renders("held_out", self.config.num_images)
         parts = range(0, len(images), self.batch)
-        graph, state = self.looks[0 if kind == "scenenet" else 1]
-        features = jax.jit(lambda state, x: nnx.merge(graph, state).features(x))
-        return np.concatenate([np.asarray(features(state, images[i : i + self.batch])) for i in parts])
+        network = next(network for network in self.networks if network.name == name)
+        features = jax.jit(lambda state, x: nnx.merge(network.graph, state).features(x))
+        return np.concatenate([np.asarray(features(network.state, images[i : i + self.batch])) for i in parts])
 
     def _renders(self, split: str, num: int) -> np.ndarray:
         """Pictures of the scenes that the captions of a split describe, [n H W 3]."""
@@ -162,79 +161,52 @@ class Bench:
         parts = [np.arange(i, min(i + 100, num)) for i in range(0, num, 100)]
         return np.concatenate([np.asarray(draw(part)) for part in parts])
 
-    @functools.cache  # noqa: B019 (as long-lived as the sweep)
-    def image_codec(self, fading: str, mode: str):
-        """The coded image's choices at every SNR, on training pictures."""
-        training = self._renders("train", IMAGE_CODEC_SCENES)
-        shape = self.pipe.latent_shape()
-        budget = float(num_symbols("latent", (), shape)) if mode == "equal_energy" else None
-        key = jax.random.fold_in(from_seed(self.seed), TABLE_KEY)
-        return fit_image_codec(key, training, find_fading(fading), self.config.snr_db, budget, self.config.num_blocks)
-
     def check(self, point: Point) -> None:
         """ValueError if the parts of a point do not fit each other; nothing is measured for it."""
-        if point.scheme == "opta":
-            require(isinstance(self.codec, SeedCodec), "codec", self.config.codec, "a SeedCodec, for opta")
-            codec_statistics(self.codec)
-            num_symbols("seed", (), self.pipe.latent_shape(), point.rate)
-            return
-        plain = dataclasses.replace(point, scheme="centralized") if point.scheme == "centralized-coded" else point
-        self._make(plain, BlockWeights(jnp.zeros(1, jnp.float32), jnp.ones((1, self.config.num_blocks), jnp.float32)))
+        self._make(point, BlockWeights(jnp.zeros(1, jnp.float32), jnp.ones((1, self.config.num_blocks), jnp.float32)))
 
-    @functools.cache  # noqa: B019
     def simulator(self, point: Point) -> Simulator:
         """The simulator of a point; those of points that differ in numbers only share a compiled program."""
-        return self._make(point, self._weights(point))
+        scheme, shapes = point.made(), ((*self.pipe.image_size, 3), self.pipe.latent_shape())
+        count, energy = scheme.num_symbols(*shapes), self._settings(point).energy(shapes[1])
+        power = 1.0 if energy is None or not count else energy / count
+        return self._make(point, [point.snr_db + float(linear_to_db(power))])
 
-    def _make(self, point: Point, weights: BlockWeights | None) -> Simulator:
-        scheme, variant = point.kind
-        options: dict[str, Any] = {"num_steps": self.config.steps, "guided": self.config.guidance > 1}
-        if point.device_steps:
-            options |= {"device_steps": point.device_steps, "server_steps": point.server_steps or None}
-        if (scheme, variant) == ("split", "seed"):
-            options |= {"seed_errors": self.seed_errors(point.fading, point.rate)}
-        if variant == "coded":
-            options |= {"image_codec": self.image_codec(point.fading, point.mode)}
-        return make_simulator(
-            self.pipe,
-            self.codec,
-            scheme,
-            find_fading(point.fading),
-            find_policy(point.policy),
-            variant=variant,
-            rate=point.rate,
+    def _make(self, point: Point, weights: BlockWeights | list[float]) -> Simulator:
+        """A simulator whose blocks have these weights, or those at an effective SNR where a policy asks."""
+        scheme, fading, settings = point.made(), sweep_fading(point.fading), self._settings(point)
+        fitted = self.kept.get(lambda: self._fit(scheme, point, settings), "fit", scheme, point.fading, point.mode)
+        options = {"fitted": fitted, "weights": weights}
+        return make_simulator(self.pipe, self.codec, scheme, fading, sweep_policy(point.policy), settings, **options)
+
+    def _settings(self, point: Point) -> SystemConfig:
+        return SystemConfig(
             mode=point.mode,
             num_blocks=self.config.num_blocks,
-            modulation=self.config.modulation,
-            statistics=self.statistics,
-            weights=weights,
             peak_power=point.peak_power,
-            decode_batch=None,
-            **options,
+            statistics=self.statistics,
+            num_steps=self.config.steps,
+            guided=self.config.guidance > 1,
         )
 
-    @functools.cache  # noqa: B019
-    def seed_errors(self, fading: str, rate: float) -> SeedErrors:
-        """The prediction of a seed's error at this rate, for `split-seed`."""
-        options = {"variant": "seed", "rate": rate, "num_blocks": self.config.num_blocks}
-        made = make_simulator(self.pipe, self.codec, "split", find_fading(fading), **options)
-        return made.params["codec"].errors
-
-    def _weights(self, point: Point):
-        """Of a seed's blocks at the point's own effective SNR, where a policy asks."""
-        unasked = not point.sends_seed or point.policy in ("codec", "equal")
-        if unasked or not isinstance(self.codec, SeedCodec):
-            return None
-        plain = dataclasses.replace(point, scheme="seed", policy="codec", device_steps=0)
-        way = self.simulator(plain).link
-        shape = self.pipe.latent_shape()
-        power = num_symbols("latent", (), shape) / way.num_symbols if point.mode == "equal_energy" else 1.0
-        return measured_weights(self.codec, way, [point.snr_db + float(linear_to_db(power))])
+    def _fit(self, scheme: Scheme, point: Point, settings: SystemConfig) -> Any:
+        """What the scheme fits on data: the same for all SNRs and policies."""
+        parts = Parts(
+            self.pipe,
+            self.codec,
+            self.statistics,
+            self.pipe.sampler(None, self.config.steps),
+            sweep_fading(point.fading),
+            self.config.num_blocks,
+            settings.energy(self.pipe.latent_shape()),
+            self.config.snr_db,
+            jax.random.fold_in(from_seed(self.seed), TABLE_KEY),
+            lambda: self._renders("train", IMAGE_CODEC_SCENES),
+        )
+        return scheme.fit(parts)
 
     def measure(self, point: Point, progress: Callable[[int], Any]) -> dict[str, np.ndarray]:
         """What every reception [n r] of the point gives, by name, and features [n r f]; K and energy among them."""
-        if point.scheme == "opta":
-            return self._opta(point, progress)
         simulator, found = self.simulator(point), {}
         draws = min(self.config.realisations, self.batch)
         size = max(1, self.batch // draws)
@@ -242,9 +214,10 @@ class Bench:
         for start in range(0, self.config.num_images, size):
             part = slice(start, min(start + size, self.config.num_images))
             rows: dict[str, list] = {}
+            batch = self._batch(simulator, point, part, partial)
             for first in range(0, self.config.realisations, draws):
                 numbers = np.arange(first, min(first + draws, self.config.realisations), dtype=np.uint32)
-                for name, value in self._receive(simulator, point, part, numbers, partial).items():
+                for name, value in self._receive(simulator, point, batch, numbers).items():
                     rows.setdefault(name, []).append(value)
             for name, values in jax.device_get(rows).items():
                 if name == "pictures":
@@ -255,57 +228,33 @@ class Bench:
             progress((part.stop - part.start) * self.config.realisations)
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
-    def _receive(self, simulator: Simulator, point: Point, part: slice, numbers: np.ndarray, partial) -> dict:
-        shown = self.config.metrics != LATENT_METRICS
-        truth = None if self.prompts.labels is None else (self.prompts.labels[part], self.prompts.stated[part])
+    @property
+    def shown(self) -> bool:
+        """Whether images are made."""
+        return self.config.metrics == "image"
+
+    def _batch(self, simulator: Simulator, point: Point, part: slice, partial: np.ndarray | None) -> Batch:
+        """Inputs of some of the images."""
+        known = self.prompts.labels is not None and self.shown
+        captions = (self.prompts.labels[part], self.prompts.stated[part]) if known else None
         latents = self.latents[part]
-        source = Source(latents, self.images[part] if shown else None, latents if partial is None else partial[part])
-        images = np.arange(part.start, part.stop, dtype=np.uint32)
-        graphs, states = zip(*self.looks, strict=True)
-        mesh = devices_for(len(images), point.scheme == "latent-wiener")
+        shown = self.images[part] if self.shown else None
+        source = Source(latents, shown, latents if partial is None else partial[part])
+        images, code = np.arange(part.start, part.stop, dtype=np.uint32), None
+        if simulator.link.on_host:
+            code = simulator.link.code(simulator.params["codec"], source, point.snr_db, simulator.energy)
+        return Batch(source, self.ids[part], images, captions, code)
+
+    def _receive(self, simulator: Simulator, point: Point, batch: Batch, numbers: np.ndarray) -> dict:
+        mesh = devices_for(len(batch.images), find_scheme(point.scheme).factorises)
         levels = np.float32(point.snr_db), np.float32(self.config.guidance)
-        common = (states, self.key, simulator.params, *levels, numbers)
-        code = self._coded(simulator, point, part) if point.scheme == "centralized-coded" else None
-        return receive(simulator, graphs, shown, mesh, *common, source, self.ids[part], images, truth, code)
+        common = Common((), self.key, simulator.params, *levels, numbers)
+        return receive(simulator, self.networks if self.shown else (), self.shown, mesh, common, batch)
 
-    def _coded(self, simulator: Simulator, point: Point, part: slice) -> Code:
-        """The coded images of a batch: the host compresses them once for each quality, outside of compiled programs."""
-        table = simulator.params["codec"]
-        choice = int(table.choice[int(np.argmin(np.abs(np.asarray(table.snr_db) - point.snr_db)))])
-        sizes, decoded = self.compressed(choice)
-        return simulator.link.from_compressed(table, sizes[part], decoded[part], point.snr_db, simulator.energy)
-
-    @functools.cache  # noqa: B019
-    def compressed(self, choice: int) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes [n] and decoded images of the server's images by one of `megjax.system.image_codec.OPTIONS`."""
-        return compress(self.images, *OPTIONS[choice])
-
-    @functools.cache  # noqa: B019
     def partial_latents(self, steps: int) -> np.ndarray:
         """Variance-preserving latents after so many of the server's steps."""
-        return generate_partial(self.pipe, self.prompts.texts, self.seed + 1, self.config, steps)
-
-    def _opta(self, point: Point, progress) -> dict[str, np.ndarray]:
-        """The Gaussian limit's error for the gains that the schemes see, every block at equal power."""
-        shape, blocks = self.pipe.latent_shape(), self.config.num_blocks
-        count = num_symbols("seed", (), shape, point.rate)
-        power = num_symbols("latent", (), shape) / count if point.mode == "equal_energy" else 1.0
-        statistics, fading = codec_statistics(self.codec), find_fading(point.fading)
-        counts = symbols_per_block(count, blocks)
-
-        @jax.jit
-        def limit(key, numbers, draw):
-            gains = draw_gains(realisation_keys(key, numbers, draw), fading, blocks)
-            snr = power * db_to_linear(point.snr_db) * squared_magnitude(gains)
-            return jax.vmap(lambda row: opta_nmse(statistics.variances, row, counts))(snr)
-
-        numbers = np.arange(self.config.num_images, dtype=np.uint32)
-        columns = []
-        for draw in range(self.config.realisations):
-            columns.append(np.asarray(limit(self.key, numbers, draw)))
-            progress(len(numbers))
-        nmse = np.stack(columns, axis=1)
-        return {"nmse": nmse, "num_symbols": np.full_like(nmse, count), "energy": np.full_like(nmse, power * count)}
+        given = self.pipe, self.prompts.texts, self.seed + 1, self.config, steps
+        return self.kept.get(lambda: generate_partial(*given), "partial", steps)
 
 
 def generate_partial(pipe: StableDiffusion, texts: list[str], seed: int, config: SweepConfig, steps: int) -> np.ndarray:
@@ -336,12 +285,13 @@ def make_bench(config: SweepConfig, model: str, seed: int, latents: Path, batch:
     prompts = read_prompts(config, seed)
     pipe.sampler(None, config.steps)
     inception = None if config.inception is None else Inception.load(config.inception, config.inception_resizing)
-    looks = scenenet, inception
-    bench = Bench(config, pipe, codec, statistics, *looks, seed, prompts, latents / f"{folder.name}-{seed}", batch)
+    given = {"scenenet": scenenet, "inception": inception}
+    networks = tuple(Network(name, *nnx.split(one)) for name, one in given.items() if one is not None)
+    bench = Bench(config, pipe, codec, statistics, networks, seed, prompts, latents / f"{folder.name}-{seed}", batch)
     coded = None if codec is None else codec_digest(codec, config.codec)
-    digests = {"model": model_digest(pipe), "codec": coded, "prompts": object_digest(prompts.texts)}
+    digests = {"model": model_digest(pipe), "codec": coded, "prompts": digest(prompts.texts)}
     if inception is not None:
-        digests["inception"] = f"{object_digest(nnx.state(inception))} {config.inception_resizing}"
+        digests["inception"] = f"{array_digest(nnx.state(inception))} {config.inception_resizing}"
     return bench, digests
 
 
@@ -350,7 +300,7 @@ def find_codec(config: SweepConfig, folder: Path, pipe: StableDiffusion) -> Any:
     if config.codec is not None and ":" in config.codec:
         return load_object(config.codec, "codec", "encode")
     if config.codec is None and not (folder / "codec").is_dir():
-        needed = [name for name in config.schemes if name in CODED]
+        needed = [name for name in config.schemes if find_scheme(name).needs_codec]
         require(not needed, "codec", None, f"given: the model has none, and {', '.join(needed)} needs it")
         return None
     codec = SeedCodec.from_pretrained(config.codec or folder / "codec")
@@ -361,5 +311,6 @@ def find_codec(config: SweepConfig, folder: Path, pipe: StableDiffusion) -> Any:
 
 def codec_digest(codec: Any, name: str | None) -> str:
     """SHA-256 of a trained codec's configuration and weights; of a user's own, what its import path stands for."""
-    trained = isinstance(codec, SeedCodec)
-    return object_digest((repr(codec.config), codec.state)) if trained else part_digest(name, codec)
+    if isinstance(codec, SeedCodec):
+        return array_digest((repr(codec.config), codec.state))
+    return object_digest(name, codec)

@@ -7,14 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from megjax.channel import FADINGS
 from megjax.configs import require, require_count
-from megjax.power import LearnedPower
+from megjax.power import POLICIES, find_policy, make_policy
 from megjax.processes import check_others, gather, is_first, joint, num_processes, process_id, wait_for_file
 from megjax.sweep.bench import Bench, make_bench
-from megjax.sweep.config import Point, SweepConfig, find_fading, find_policy, object_digest, part_digest
+from megjax.sweep.config import Point, SweepConfig
+from megjax.sweep.identity import part_identity, scheme_identity, sweep_fading, sweep_policy
 from megjax.sweep.store import SETTINGS, Store, source_name, table_of
 from megjax.sweep.summary import summarise
 from megjax.units import linear_to_db
@@ -48,9 +52,9 @@ def run_sweep(
     """
     require_count("batch", batch)
     for name in config.fadings:
-        find_fading(name)
+        sweep_fading(name)
     for name in config.policies:
-        find_policy(name)
+        sweep_policy(name)
     benches, digests = {}, {}
     for model in config.models:
         for seed in config.seeds:
@@ -58,11 +62,11 @@ def run_sweep(
     store = Store(folder, {**config.shared(), "sources": digests})
     asked = config.points()
     measured: dict[Point, dict[str, Any] | None] = {point.physics(): None for point in asked}
-    paths = {point: store.path(point, _parts(point)) for point in measured}
+    paths = {point: store.path(point, _parts(point, config.num_blocks)) for point in measured}
     missing = _open(store, measured, paths)
     for point in dict.fromkeys(dataclasses.replace(point, snr_db=0.0) for point in missing):
         benches[point.model, point.seed].check(point)
-    for model, seed in dict.fromkeys((point.model, point.seed) for point in missing if point.scheme != "opta"):
+    for model, seed in dict.fromkeys((point.model, point.seed) for point in missing):
         _ = benches[model, seed].latents
     mine = missing[process_id() :: num_processes()]
     total, shown = sum(_work(config, point) for point in mine), progress and bool(mine) and is_first()
@@ -101,7 +105,12 @@ def _open(store: Store, measured: dict[Point, dict[str, Any] | None], paths: dic
 
 def _measure(bench: Bench, point: Point, config: SweepConfig, bar: tqdm) -> dict[str, Any]:
     found = bench.measure(point, lambda count: bar.update(count * _weight(point)))
-    return {**_described(point), **summarise(found, bench)}
+    products = jax.config.jax_default_matmul_precision or "default"
+    made_by = {
+        "device_kind": jax.local_devices()[0].device_kind,
+        "precision": f"{np.dtype(bench.pipe.configs.unet.dtype).name}, {products} products",
+    }
+    return {**_described(point), **summarise(found, bench), **made_by}
 
 
 def _described(point: Point) -> dict[str, Any]:
@@ -119,15 +128,15 @@ def _power(point: Point, measured: dict[Point, dict[str, Any]]) -> dict[str, flo
     return {"mean_power": mean, "effective_snr_db": point.snr_db + float(linear_to_db(mean))}
 
 
-def _parts(point: Point) -> dict[str, Any]:
-    """Digests of what a point names: a user's law or policy, or the trained policy."""
-    policy = find_policy(point.policy)
-    if point.policy == "ppo":
-        policy = LearnedPower.from_pretrained("scenes")
-    fading = part_digest(point.fading, find_fading(point.fading))
+def _parts(point: Point, num_blocks: int) -> dict[str, Any]:
+    """What tells the parts that a point names from others of their names."""
+    fading, policy = sweep_fading(point.fading), sweep_policy(point.policy)
+    if isinstance(policy, str) and find_policy(policy)[0].trained:
+        policy = make_policy(policy, fading, num_blocks)
     return {
-        "fading": fading,
-        "policy": object_digest(policy) if point.policy == "ppo" else part_digest(point.policy, policy),
+        "scheme": scheme_identity(point.scheme),
+        "fading": part_identity(FADINGS, point.fading, fading),
+        "policy": part_identity(POLICIES, point.policy, policy),
     }
 
 

@@ -1,20 +1,56 @@
-"""What the devices receive of a batch and how good it is, as one compiled program a point."""
+"""Receiving a batch of images over the link and measuring what has arrived, as one compiled program a point."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from megjax.metrics import psnr, ssim
-from megjax.metrics.scenenet import caption_accuracy, labels_from_logits
+from megjax.metrics import Received
+from megjax.metrics.base import measurable
 from megjax.system import Code, Delivery, Simulator, Source
 
 PICTURES = 4
 """First images of a point that are kept as pictures, as the first realisation brings them."""
+
+
+class Network(NamedTuple):
+    """A feature network as a static graph and its parameters."""
+
+    name: str
+    graph: nnx.GraphDef
+    state: Any
+
+
+class Common(NamedTuple):
+    """Inputs that all images of a batch share."""
+
+    states: tuple[Any, ...]
+    """Parameters of the feature networks."""
+    key: Array
+    params: dict[str, Any]
+    """Parameters of the simulator."""
+    snr_db: Any
+    guidance: Any
+    realisations: Any
+    """Numbers of the realisations."""
+
+
+class Batch(NamedTuple):
+    """Inputs of every image."""
+
+    source: Source
+    ids: Any
+    images: Any
+    """Numbers of the images."""
+    captions: tuple[Any, Any] | None
+    """Attributes, and which of them the caption states."""
+    code: Code | None
+    """The code where the host makes it."""
 
 
 def devices_for(count: int, factorises: bool) -> Mesh:
@@ -29,68 +65,63 @@ def devices_for(count: int, factorises: bool) -> Mesh:
     return Mesh(devices if count % len(devices) == 0 else devices[:1], ("data",))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def receive(simulator: Simulator, graphs, shown: bool, mesh: Mesh, *values) -> dict[str, Array]:
-    """What the receptions of a batch give, by name, [b r ...]; each device takes its share of the images.
-
-    No device waits for another. `graphs` are those of SceneNet and of Inception, None where there is none; `values` are
-    their states, key and parameters of the simulator, SNR, guidance and realisations, and by image the source, token
-    ids, numbers, (labels, stated) or None, and the code where the host makes it.
-    """
-    whole, split = PartitionSpec(), PartitionSpec("data")
-    code = None if values[-1] is None else Code(split, whole, split, split, whole)
-    specs = (whole,) * 6 + (split,) * 4 + (code,)
-    share = functools.partial(_receptions, simulator, graphs, shown)
-    spread = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
-    return spread(*values)
-
-
-def _receptions(
-    simulator: Simulator,
-    graphs,
-    shown: bool,
-    states,
-    key,
-    params,
-    snr_db,
-    guidance,
-    numbers,
-    source,
-    ids,
-    images,
-    truth,
-    code,
+def receive(
+    simulator: Simulator, networks: tuple[Network, ...], shown: bool, mesh: Mesh, common: Common, batch: Batch
 ) -> dict[str, Array]:
+    """Values of all metrics that can be measured, and K, energy and pictures, by name, [b r ...].
+
+    Each device takes its share of the images, and none waits for another. Without `shown` no image is made.
+    """
+    graphs = tuple((network.name, network.graph) for network in networks)
+    common = common._replace(states=tuple(network.state for network in networks))
+    return _spread(simulator, graphs, shown, mesh, common, batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _spread(simulator: Simulator, graphs, shown: bool, mesh: Mesh, common: Common, batch: Batch) -> dict[str, Array]:
+    whole, split = PartitionSpec(), PartitionSpec("data")
+    code = None if batch.code is None else Code(split, whole, split, split, whole)
+    specs = Batch(split, split, split, split, code)
+    share = functools.partial(_receptions, simulator, graphs, shown)
+    spread = jax.shard_map(share, mesh=mesh, in_specs=(whole, specs), out_specs=split, check_vma=False)
+    return spread(common, batch)
+
+
+def _receptions(simulator: Simulator, graphs, shown: bool, common: Common, batch: Batch) -> dict[str, Array]:
     delivery = simulator.deliver(
-        key, params, source, ids, snr_db, images, numbers, guidance_scale=guidance, generate=shown, code=code
+        common.key,
+        common.params,
+        batch.source,
+        batch.ids,
+        common.snr_db,
+        batch.images,
+        common.realisations,
+        guidance_scale=common.guidance,
+        generate=shown,
+        code=batch.code,
     )
     size = delivery.gains.shape[:2]
     found: dict[str, Array] = {
         "num_symbols": jnp.broadcast_to(delivery.num_symbols[:, None], size),
         "energy": delivery.energy,
     }
-    if delivery.latents is not None:
-        found["squared_error"] = jnp.square(delivery.latents - source.latents[:, None]).sum((2, 3, 4))
-    if shown:
-        found |= _compare(delivery, source)
+    received = Received(
+        delivery.images if shown else None,
+        batch.source.images,
+        _latent_error(delivery, batch.source),
+        batch.captions,
+        {name: nnx.merge(graph, state) for (name, graph), state in zip(graphs, common.states, strict=True)},
+    )
+    for metric in measurable(received.has):
+        if metric.collected not in found:
+            found[metric.collected] = metric.compute(received)
+    if received.images is not None:
         found["pictures"] = delivery.images[:PICTURES, :1]
-    if not shown:
-        return found
-    flat = delivery.images.reshape(-1, *delivery.images.shape[2:])
-    scenenet, inception = (None if g is None else nnx.merge(g, s) for g, s in zip(graphs, states, strict=True))
-    if inception is not None:
-        found["inception"] = inception.features(flat).reshape(*size, -1)
-    if scenenet is not None:
-        features, logits = scenenet(flat)
-        found["features"] = features.reshape(*size, -1)
-        if truth is not None:
-            labels, stated = (jnp.repeat(x, size[1], axis=0) for x in truth)
-            share, _, _ = caption_accuracy(labels_from_logits(logits), labels, stated)
-            found["caption_accuracy"] = share.reshape(size)
     return found
 
 
-def _compare(delivery: Delivery, source: Source) -> dict[str, Float[Array, "b r"]]:
-    over = jax.vmap(jax.vmap(lambda a, b: (psnr(a, b), ssim(a, b)), (None, 0)))
-    quality, likeness = over(source.images, delivery.images)
-    return {"psnr_db": quality, "ssim": likeness}
+def _latent_error(delivery: Delivery, source: Source) -> Array | None:
+    """Squared errors [b r] of the received latents; None where pixels are sent."""
+    if delivery.latents is None:
+        return delivery.error
+    return jnp.square(delivery.latents - source.latents[:, None]).sum((2, 3, 4))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ import pandas as pd
 import pyarrow as pa
 
 from megjax.configs import read_json, require, write_json
-from megjax.sweep.config import Point, digest
+from megjax.metrics import METRICS
+from megjax.sweep.config import Point
+from megjax.sweep.identity import digest
 from megjax.tables import read_parquet, write_parquet
 
-FORMAT = "megjax sweep 2"
-"""Of the files; the number grows when the same settings give other results (2: what counts of coded images)."""
+FORMAT = "megjax sweep 3"
+"""Of the files; the number grows when older ones cannot be read (3: points are filed under versions of parts)."""
 SETTINGS, POINTS, RESULTS = "sweep.json", "points", "results.parquet"
+VERSIONS = "metric_versions"
+"""Column with the versions of a point's metrics, as JSON."""
 NEEDED = ("scheme", "n", "energy", "num_symbols")
 """Columns without which a file is no point."""
 
@@ -61,7 +66,8 @@ class Store:
         name = source_name(point.model, point.seed)
         shared = {**self.identity, "sources": {name: self.identity["sources"][name]}}
         mark = digest({"point": dataclasses.asdict(point), **about, **shared})[:16]
-        return self.folder / POINTS / f"{point.scheme}-{point.snr_db:g}dB-{mark}.parquet"
+        scheme = re.sub("[^a-z0-9-]+", "-", point.scheme)
+        return self.folder / POINTS / f"{scheme}-{point.snr_db:g}dB-{mark}.parquet"
 
     def read(self, path: Path) -> dict[str, Any] | None:
         """The row in a file, None if there is none; ValueError if it is damaged."""
@@ -74,7 +80,7 @@ class Store:
         except (pa.ArrowException, OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{path} is damaged ({reason}); delete it to measure it anew") from None
-        return row
+        return _current(row)
 
     def write(self, path: Path, row: dict[str, Any]) -> None:
         """Write one row in one step; ValueError if the disk does not take it, and nothing is left of it then."""
@@ -103,6 +109,14 @@ def _explained(path: Path) -> Iterator[None]:
 def table_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """The rows of points as a table, in the order given; lists of single values stay in the points."""
     return pd.DataFrame([{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows])
+
+
+def _current(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the columns of metrics that have another version now."""
+    known = json.loads(row.get(VERSIONS) or "{}")
+    old = [metric.name for metric in METRICS if metric.name in known and known[metric.name] != metric.version]
+    dropped = {f"{metric}{end}" for metric in old for end in ("", "_low", "_high", "_values", "_error")}
+    return {name: value for name, value in row.items() if name not in dropped}
 
 
 def source_name(model: str, seed: int) -> str:

@@ -14,7 +14,8 @@ from megjax.configs import require
 from megjax.cost import cost_of, nominal_flops
 from megjax.diffusion import generation
 from megjax.keys import from_seed
-from megjax.system.links import Source
+from megjax.pytrees import value_of
+from megjax.system.protocol import Source
 from megjax.system.simulator import Simulator
 
 
@@ -79,7 +80,7 @@ def measure_work(simulator: Simulator, ids: Array | np.ndarray, known: Work | No
     of another scheme of the same pipeline and guidance. The host's image codec is not counted. Raises ValueError if the
     backend has no cost analysis.
     """
-    graphs, params = simulator.graphs, simulator.params
+    graphs, params, link = simulator.graphs, simulator.params, simulator.link
     one = jax.ShapeDtypeStruct((1, ids.shape[1]), jnp.int32)
     latent = jax.ShapeDtypeStruct((1, *simulator.latent_shape), jnp.float32)
     level = jax.ShapeDtypeStruct((), jnp.float32)
@@ -96,22 +97,23 @@ def measure_work(simulator: Simulator, ids: Array | np.ndarray, known: Work | No
         return generation.decode(graphs, params, z)
 
     def code(params, latents, images, snr_db):
-        return simulator.link.code(params["codec"], Source(latents, images, latents), snr_db, simulator.energy)
+        source = Source(latents, images, latents)
+        return link.code(value_of(params["codec"]), source, snr_db, simulator.energy)
 
     pixels = jax.eval_shape(image, params, latent)
     coded = jax.eval_shape(code, params, latent, pixels, level)
     payload = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), coded.payload)
-    blocks = simulator.link.num_blocks
+    blocks = link.num_blocks
 
     def receive(params, payload, shared, gains, power, noise_var):
-        return simulator.link.transmit(params["codec"], from_seed(0), payload, shared, gains, power, noise_var)
+        return link.transmit(value_of(params["codec"]), from_seed(0), payload, shared, gains, power, noise_var)
 
-    link = jax.ShapeDtypeStruct((blocks,), jnp.complex64), jax.ShapeDtypeStruct((blocks,), jnp.float32), level
-    received = jax.eval_shape(receive, params, payload, coded.shared, *link)
+    gains = jax.ShapeDtypeStruct((blocks,), jnp.complex64), jax.ShapeDtypeStruct((blocks,), jnp.float32), level
+    received = jax.eval_shape(receive, params, payload, coded.shared, *gains)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), received)
 
     def decode(params, received, shared):
-        return simulator.link.decode(params["codec"], received, shared)
+        return link.decode(value_of(params["codec"]), received, shared)
 
     common = (
         (
@@ -149,7 +151,7 @@ def scheme_cost(
     without a K.
     """
     resources = Resources() if resources is None else resources
-    count = getattr(simulator.link, "num_symbols", num_symbols)
+    count = num_symbols if simulator.link.num_symbols is None else simulator.link.num_symbols
     require(count is not None and count >= 0, "num_symbols", count, "given for images coded by the host")
     steps = simulator.sampler.num_steps if simulator.server_steps is None else simulator.server_steps
     pixels, denoises = simulator.link.result == "images", simulator.link.result == "noisy"

@@ -4,17 +4,20 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
 from megjax.channel import MAPPINGS
 from megjax.channel.numerics import squared_magnitude
-from megjax.codec import SeedCodec, SeedNetwork, link
+from megjax.codec import SeedCodec
+from megjax.codec.coders import LearnedCoder
+from megjax.codec.link import check_symbols
 from megjax.configs import require
 from megjax.diffusion import generation
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.keys import threefry
 from megjax.metrics import psnr
+from megjax.system.protocol import Source
+from megjax.system.schemes import AnalogLink
 from megjax.units import db_to_linear
 
 
@@ -33,8 +36,8 @@ def image_quality(
     and noise, which spreads far less. Made for `PowerControl(quality=...)`. ValueError for a bad number of symbols or
     mapping.
     """
-    network: SeedNetwork = nnx.merge(codec.graph, codec.state)
-    link.check_symbols(num_symbols, codec.config.num_values, 1)
+    coder = LearnedCoder(codec.graph, codec.state)
+    check_symbols(num_symbols, codec.config.num_values, 1)
     require(mapping in MAPPINGS, "mapping", mapping, f"one of {MAPPINGS}")
     latents = jnp.asarray(latents)
     originals = jnp.concatenate([pipe.decode(latents[i : i + 100]) for i in range(0, len(latents), 100)])
@@ -42,15 +45,14 @@ def image_quality(
     def quality(key, gains, power, snr_db):
         image_key, noise_key = jax.random.split(threefry(key))
         index = jax.random.randint(image_key, (), 0, len(latents), jnp.int32)
-        spending = link.spending(network.spend(snr_db, num_symbols), num_symbols, gains.shape[0], mapping)
-        values = network.encode(latents[index][None], snr_db, num_symbols)[0]
-        levels = jnp.full(1, snr_db, jnp.float32), jnp.full(1, num_symbols)
+        link, chosen = AnalogLink(num_symbols, gains.shape[0], mapping), latents[index][None]
+        code = link.code(coder, Source(chosen, None, chosen), snr_db, None)
+        payload, noise_var = code.payload[0], db_to_linear(-snr_db)
 
         def decode(power):
-            received = link.send_code(
-                jax.random.clone(noise_key), values, spending, gains, power, db_to_linear(-snr_db), num_symbols, mapping
-            )
-            return network.decode(received.estimate[None], received.snr[None], *levels)[0]
+            key = jax.random.clone(noise_key)
+            received = link.transmit(coder, key, payload, code.shared, gains, power, noise_var)
+            return link.decode(coder, jax.tree.map(lambda x: x[None], received), code.shared)[0]
 
         sent = [decode(power)]
         if reference is not None:

@@ -1,9 +1,9 @@
-"""Mobile edge generation as one pure function: prompts to the images that devices receive, in the paper's steps.
+"""Mobile edge generation as one pure function, from prompts to the images that devices receive.
 
-The edge-inferencing protocol of X. Zhong et al., "Mobile edge generation: a new era to 6G", arXiv 2409.05870, step by
-step: prompt uplink, inference at the edge server (ES), channel state information (CSI), seed coding, power allocation,
-transmission, seed decoding, and image generation at the user's device (UE). The uplink carries token ids, free of
-errors.
+The steps are prompt uplink, inference at the edge server (ES), channel state information (CSI), seed coding, power
+allocation, transmission, seed decoding, and image generation at the user's device (UE), after R. Zhong, X. Mu, M. Jaber
+and Y. Liu, "Enabling distributed generative artificial intelligence in 6G: mobile edge generation", arXiv 2409.05870.
+The uplink carries token ids, free of errors.
 """
 
 import dataclasses
@@ -12,12 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Float, Int, Integer, Key, PyTree
 
-from megjax.channel import symbols_per_block
 from megjax.channel.numerics import squared_magnitude
-from megjax.codec.schemes import realisation_keys
 from megjax.configs import require
 from megjax.diffusion import generation
 from megjax.diffusion.generation import Graphs
@@ -26,7 +23,9 @@ from megjax.diffusion.samplers import Sampler
 from megjax.diffusion.scheduler_config import SchedulerConfig
 from megjax.keys import threefry
 from megjax.power import Problem
-from megjax.system.links import Code, Link, Source
+from megjax.pytrees import value_of
+from megjax.system.protocol import Code, Link, Source
+from megjax.system.realise import realisation_keys, realise, scaled_load, symbol_shares
 from megjax.units import linear_to_db, noise_var_from_snr_db
 
 
@@ -42,7 +41,7 @@ class BlockWeights(NamedTuple):
 
 
 class Delivery(NamedTuple):
-    """What r realisations of the link bring of b images."""
+    """Results of r realisations of the link for each of b images."""
 
     images: Float[Array, "b r H W 3"] | None
     latents: Float[Array, "b r h w c"] | None
@@ -53,6 +52,8 @@ class Delivery(NamedTuple):
     num_symbols: Float[Array, " b"]
     energy: Float[Array, "b r"]
     """Radiated energy, sum over blocks of (symbols in the block) p_t, in units of one symbol at power 1."""
+    error: Float[Array, "b r"] | None = None
+    """Squared errors of the latents under a bound, which gives no latents; None otherwise."""
 
 
 class Transmission(NamedTuple):
@@ -164,55 +165,36 @@ class Simulator:
         without `generate` no image is made of received latents, and `images` is None. `code` is what the link makes of
         the source at this SNR, if that is known already.
         """
-        code = self.link.code(params["codec"], source, snr_db, self.energy) if code is None else code
+        code = self.link.code(value_of(params["codec"]), source, snr_db, self.energy) if code is None else code
         received, gains, power = self._over_the_air(key, params, code, snr_db, images, realisations)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), received)
-        decoded = self.link.decode(params["codec"], flat, code.shared)
+        decoded = self.link.decode(value_of(params["codec"]), flat, code.shared)
         size = gains.shape[:2]
+        count = jnp.broadcast_to(code.num_symbols, size[:1])
+        energy = count[:, None] * jnp.sum(symbol_shares(self.link)[None, None] * power, -1)
+        if self.link.result == "error":
+            return Delivery(None, None, gains, power, count, energy, decoded.reshape(size))
         shown, latents = self._generate(params, decoded, ids, size, negative_ids, guidance_scale, generate)
-        per_block = self._block_shares(code) * power
         return Delivery(
             None if shown is None else shown.reshape(*size, *shown.shape[1:]),
             None if latents is None else latents.reshape(*size, *latents.shape[1:]),
             gains,
             power,
-            jnp.broadcast_to(code.num_symbols, size[:1]),
-            per_block.sum(-1),
+            count,
+            energy,
         )
 
     def allocate(
         self, params: dict[str, PyTree], code: Code, gains: Complex[Array, " t"], noise_var: Float[Array, ""]
     ) -> Float[Array, " t"]:
         """Power allocation for known gains, in units of P; without a policy the load that the code asks for."""
-        policy = params["policy"]
+        policy = value_of(params["policy"])
         if policy is None:
-            return jnp.minimum(self._load(code.load), self.peak_power)
+            return jnp.minimum(scaled_load(self.link, code.load), self.peak_power)
         snr, table = 1 / noise_var, params["weights"]
         weights = jnp.ones_like(code.load) if table is None else table.at(linear_to_db(snr))
         problem = Problem(snr, weights, jnp.float32(gains.shape[0]), jnp.float32(self.peak_power))
         return policy.allocate(squared_magnitude(gains), problem)
-
-    def _load(self, load: Float[Array, " t"]) -> Float[Array, " t"]:
-        """A load that is known beforehand, scaled down to K P as a whole where longer blocks would take more."""
-        count = getattr(self.link, "num_symbols", None)
-        if not count or count % self.link.num_blocks == 0:
-            return load
-        shares = symbols_per_block(count, self.link.num_blocks).astype(np.float32) / np.float32(count)
-        return load / jnp.maximum(jnp.sum(load * shares), 1.0)
-
-    def _within_budget(self, power: Float[Array, " t"]) -> Float[Array, " t"]:
-        """Powers cut where blocks of different length would radiate more than K P; in order, so that it is causal."""
-        count = getattr(self.link, "num_symbols", None)
-        if not count or count % self.link.num_blocks == 0:
-            return power
-        lengths = jnp.asarray(symbols_per_block(count, self.link.num_blocks), jnp.float32)
-
-        def cut(left, block):
-            length, wanted = block
-            given = jnp.minimum(wanted, left / length)
-            return left - length * given, given
-
-        return jax.lax.scan(cut, jnp.float32(count), (lengths, power))[1]
 
     def _over_the_air(self, key, params, code: Code, snr_db, images, realisations):
         """CSI, power allocation and transmission: what is received [b r ...], gains and absolute power [b r t]."""
@@ -221,14 +203,17 @@ class Simulator:
         flat = jnp.repeat(images, size[1]), jnp.tile(realisations, size[0])
         keys = realisation_keys(key, *flat).reshape(size)
         noise_var = noise_var_from_snr_db(snr_db)
+        codec, fading = value_of(params["codec"]), value_of(params["fading"])
 
         def one(key, payload, mean_power):
-            gain_key, noise_key = jax.random.split(key)
-            gains = params["fading"].sample(gain_key, self.link.num_blocks)
             scaled = noise_var / mean_power
-            power = self._within_budget(self.allocate(params, code, gains, scaled))
-            sent = (noise_key, payload, code.shared, gains, power, scaled)
-            return self.link.transmit(params["codec"], *sent), gains, mean_power * power
+            mine = code._replace(payload=payload)
+
+            def allocate(gains):
+                return self.allocate(params, code, gains, scaled)
+
+            made = realise(self.link, codec, key, mine, fading, scaled, allocate)
+            return made.received, made.gains, mean_power * made.power
 
         each = 0 if jnp.ndim(code.mean_power) else None
         over_images = jax.vmap(jax.vmap(one, (0, None, None)), (0, 0, each))
@@ -256,15 +241,6 @@ class Simulator:
             return None
         given = params["negative_ids"] if negative_ids is None else negative_ids
         return jnp.broadcast_to(jnp.asarray(given), ids.shape)
-
-    def _block_shares(self, code: Code) -> Float[Array, "b r t"]:
-        """Symbols in each block, fractions where K is known only when it runs."""
-        blocks = self.link.num_blocks
-        if getattr(self.link, "num_symbols", None) == 0:
-            return jnp.zeros((1, 1, blocks), jnp.float32)
-        if hasattr(self.link, "num_symbols"):
-            return jnp.asarray(symbols_per_block(self.link.num_symbols, blocks), jnp.float32)[None, None]
-        return jnp.broadcast_to(code.num_symbols[:, None, None] / blocks, (len(code.num_symbols), 1, blocks))
 
 
 @functools.partial(jax.jit, static_argnames=("simulator", "realisations"))

@@ -12,7 +12,9 @@ from flax import nnx
 import megjax
 from eval.peers import torch_system
 from megjax.channel import RayleighFading, complex_normal, unpack
-from megjax.codec import link, schemes
+from megjax.codec import link
+from megjax.codec.coders import LearnedCoder
+from tests.coders import simulate
 
 NUM, REALISATIONS, BLOCKS = 3, 4, 16
 CASES = [(32, 0.0, "ordered"), (45, 6.3, "interleaved"), (101, -4.1, "ordered")]
@@ -107,8 +109,8 @@ def test_own_draws_have_the_same_law(models):
     assert torch.equal(found, again) and not torch.equal(found[0], found[1])
     keys = jax.random.split(jax.random.key(1), len(latents) * times)
     sent = np.repeat(latents, times, axis=0)
-    scheme = schemes.LearnedScheme(codec.graph, codec.state)
-    run = jax.jit(lambda k, z: schemes.simulate(scheme, k, z, snr_db, RayleighFading(), num_symbols=num_symbols)[0])
+    scheme = LearnedCoder(codec.graph, codec.state)
+    run = jax.jit(lambda k, z: simulate(scheme, k, z, snr_db, RayleighFading(), num_symbols=num_symbols)[0])
     errors = [np.square(np.asarray(x) - sent).mean((1, 2, 3)).reshape(-1, times) for x in (found, run(keys, sent))]
     spread = np.sqrt(sum(e.var(axis=1).mean() for e in errors) / errors[0].size)
     assert abs(errors[0].mean() - errors[1].mean()) < 4 * spread

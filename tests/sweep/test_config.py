@@ -7,7 +7,7 @@ import pytest
 
 from megjax.channel import RicianFading
 from megjax.sweep import SweepConfig
-from megjax.sweep.config import find_fading, find_policy
+from megjax.sweep.identity import sweep_fading, sweep_policy
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 SMALL = SweepConfig(schemes=("seed", "latent"), snr_db=(0.0,), rates=(2.0, 4.0))
@@ -68,7 +68,7 @@ def test_integers_are_numbers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schemes": ("seed", "pigeon")}, r"schemes is 'pigeon'; it must be among \('seed'"),
+        ({"schemes": ("seed", "pigeon")}, "schemes is 'pigeon'; it must be one of seed, "),
         ({"schemes": ()}, r"schemes is \(\); it must be one value or more, all different"),
         ({"snr_db": (0.0, 5.0, 0.0)}, "snr_db is .*all different"),
         ({"rates": (4, 4.0)}, "rates is .*all different"),
@@ -82,8 +82,9 @@ def test_integers_are_numbers():
         ({"steps": 4, "server_steps": (5,)}, r"server_steps is \(5,\); it must be from 0 \(all\) to steps, 4"),
         ({"server_steps": (1.5,)}, "server_steps is"),
         ({"device_steps": (0,)}, "device_steps is"),
-        ({"schemes": ("opta",)}, "schemes is 'opta'; it must be left out of image metrics"),
+        ({"schemes": ("opta",)}, "schemes is 'opta'; it must be ones with images"),
         ({"schemes": ("centralized",), "metrics": "latent"}, "schemes is .*for latent metrics"),
+        ({"schemes": ("seed:rate=2",)}, "schemes is 'seed:rate=2'; it must be without its rate"),
         ({"metrics": "sound"}, "metrics is 'sound'"),
         ({"num_images": 1}, "num_images is 1; it must be 2 or more"),
         ({"num_images": 0}, "num_images is 0"),
@@ -116,20 +117,20 @@ def test_bad_settings_are_one_clear_line(change, message):
 )
 def test_bad_laws_are_one_clear_line(name, message):
     with pytest.raises(ValueError, match=message) as error:
-        find_fading(name)
+        sweep_fading(name)
     assert "\n" not in str(error.value)
 
 
 def test_laws_by_name_and_by_import_path():
-    law = find_fading("rician:10")
+    law = sweep_fading("rician:10")
     assert isinstance(law, RicianFading) and law.k_factor == pytest.approx(10.0)
-    assert type(find_fading("megjax.channel:RayleighFading")).__name__ == "RayleighFading"
+    assert type(sweep_fading("megjax.channel:RayleighFading")).__name__ == "RayleighFading"
 
 
 def test_policies_by_name_and_by_import_path():
-    assert find_policy("dp") == "dp"
-    assert callable(find_policy("megjax.power:EqualPower").allocate)
+    assert sweep_policy("dp") == "dp"
+    assert callable(sweep_policy("megjax.power:EqualPower").allocate)
     for name in ("greedy", "megjax.power:POLICIES", "megjax.power:Nothing"):
         with pytest.raises(ValueError, match=r"policies \(of equal, .*") as error:
-            find_policy(name)
+            sweep_policy(name)
         assert name in str(error.value) and "\n" not in str(error.value)

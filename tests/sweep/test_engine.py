@@ -14,12 +14,13 @@ import pytest
 
 from megjax.channel import RayleighFading, symbols_per_block
 from megjax.codec import SeedCodec
+from megjax.codec.coders import LearnedCoder
 from megjax.codec.opta import opta_nmse
-from megjax.codec.schemes import LearnedScheme, realisation_keys, simulate
 from megjax.data.latents import load
 from megjax.metrics import bootstrap_interval
 from megjax.sweep import read_points
-from megjax.system import codec_statistics
+from megjax.system import codec_statistics, realisation_keys
+from tests.coders import simulate
 from tests.sweep.conftest import ABOUT
 
 pytestmark = pytest.mark.usefixtures("module_unchecked")
@@ -61,10 +62,10 @@ def test_power(result, sweep, tmp_path):
 
 
 def test_numbers_are_those_of_the_codec_alone(result, config, latents):
-    """The seed's error from `codec.schemes.simulate`, on the latents of the cache and the same keys."""
+    """The seed's error from `system.send_latents`, on the latents of the cache and the same keys."""
     frame, _ = result
     codec, sent = SeedCodec.from_pretrained(config.codec), jnp.asarray(load(latents / "model-0")[:6])
-    scheme, effective_snr_db = LearnedScheme(codec.graph, codec.state), 10.0 + 10 * np.log10(4)
+    scheme, effective_snr_db = LearnedCoder(codec.graph, codec.state), 10.0 + 10 * np.log10(4)
 
     @jax.jit
     def errors_of(key, realisation):
@@ -266,7 +267,7 @@ def test_folders_that_cannot_be_used(sweep, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rates": (0.5,)}, "rate is 0.5; it must be a number from 1 to 64"),
+        ({"rates": (0.5,)}, r"rates is \(0.5,\); it must be 1 or more"),
         ({"rates": (16.0,)}, "num_symbols is 2; it must be an integer from 4"),
         ({"models": ("/nowhere",)}, "model '/nowhere' is no folder"),
         ({"codec": "/nowhere"}, "codec is '/nowhere'"),
@@ -275,7 +276,7 @@ def test_folders_that_cannot_be_used(sweep, tmp_path):
         ({"policies": ("ppo",)}, "num_blocks|blocks"),
         ({"fadings": ("rician",)}, "fadings is 'rician'"),
         ({"policies": ("greedy",)}, "policies .* is 'greedy'"),
-        ({"schemes": ("opta",), "rates": (0.5,)}, "rate is 0.5"),
+        ({"schemes": ("opta",), "rates": (65.0,)}, "rate is 65.0; it must be a number from 1 to 64"),
     ],
 )
 def test_what_does_not_fit_is_found_before_anything_is_measured(result, sweep, tmp_path, monkeypatch, change, message):

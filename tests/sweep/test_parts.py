@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megjax.sweep.config import find_fading, find_policy, object_digest, part_digest
+from megjax.channel import FADINGS
+from megjax.sweep.identity import object_digest, part_identity, sweep_fading, sweep_policy
 
 MODULE = '''
 import dataclasses
@@ -113,25 +114,29 @@ def test_changed_parts_are_measured_anew(sweep, own, tmp_path):
 
 def test_digests_see_attributes_and_module_but_no_addresses(own):
     name = "own_parts:Fixed"
-    law = find_fading(name)
-    marks = {part_digest(name, law), part_digest(name, type(law)())}
+    law = sweep_fading(name)
+    marks = {object_digest(name, law), object_digest(name, type(law)())}
     assert len(marks) == 1
-    marks |= {part_digest(name, type(law)(2.0)), part_digest(name, type(law)(jnp.ones(2)))}
-    marks |= {part_digest(name, type(law)({"gain": [np.float32(2.0)]})), part_digest(name, type(law)(np.ones(2)))}
+    marks |= {object_digest(name, type(law)(2.0)), object_digest(name, type(law)(jnp.ones(2)))}
+    marks |= {object_digest(name, type(law)({"gain": [np.float32(2.0)]})), object_digest(name, type(law)(np.ones(2)))}
     assert len(marks) == 5
     own(MODULE + "\n# another text\n")
-    assert part_digest(name, find_fading(name)) not in marks
+    assert object_digest(name, sweep_fading(name)) not in marks
     loop = type(law)()
     loop.gain = [loop]
-    assert part_digest(name, loop)
-    assert part_digest("rician:3", find_fading("rician:3")) == object_digest(find_fading("rician:3"))
-    assert object_digest(find_fading("rician:3")) != object_digest(find_fading("rician:4"))
+    assert object_digest(name, loop)
+
+
+def test_registered_parts_are_told_apart_by_version_and_arrays():
+    three, four = (part_identity(FADINGS, "rician:3", sweep_fading(f"rician:{k}")) for k in (3, 4))
+    assert three[:2] == four[:2] == ["rician:3", 1] and three[2] != four[2]
+    assert part_identity(FADINGS, "rayleigh", sweep_fading("rayleigh"))[:2] == ["rayleigh", 1]
 
 
 def test_one_object_for_all_points(own):
-    assert find_fading("own_parts:Fixed") is find_fading("own_parts:Fixed")
-    assert find_fading("own_parts:strong").gain == 2.0
-    assert find_policy("own_parts:First") is find_policy("own_parts:First")
+    assert sweep_fading("own_parts:Fixed") is sweep_fading("own_parts:Fixed")
+    assert sweep_fading("own_parts:strong").gain == 2.0
+    assert sweep_policy("own_parts:First") is sweep_policy("own_parts:First")
 
 
 @pytest.mark.parametrize(
@@ -139,8 +144,11 @@ def test_one_object_for_all_points(own):
     [
         ({"codec": "own_parts:Half"}, "codec is .*with methods spending, encode and decode"),
         ({"codec": "own_parts:Fixed"}, "codec is 'own_parts:Fixed'; it must be an object with a method 'encode'"),
-        ({"codec": "own_parts:Plain", "schemes": ("latent-wiener",)}, "codec is .*SeedCodec for the 'wiener' variant"),
-        ({"codec": "own_parts:Plain", "schemes": ("opta",)}, "codec is 'own_parts:Plain'; it must be a SeedCodec"),
+        (
+            {"codec": "own_parts:Plain", "schemes": ("latent-wiener",)},
+            "codec is .*SeedCodec for scheme 'latent-w",
+        ),
+        ({"codec": "own_parts:Plain", "schemes": ("opta",)}, "codec is .*; it must be a SeedCodec"),
         ({"policies": ("own_parts:Fixed",)}, "it must be an object with a method 'allocate'"),
         pytest.param({"policies": ("static",), "fadings": ("own_parts:Fixed",)}, "", marks=pytest.mark.slow),
     ],

@@ -20,12 +20,22 @@ from megjax.diffusion.tokenization import load_tokenizer
 from megjax.diffusion.unet import UNet2DConditionModel, UNetConfig
 from megjax.diffusion.vae import AutoencoderKL
 from megjax.ldm.recipe import PRESETS
-from megjax.system import ImageCodecTable, SeedErrors, Source, SourceStatistics, make_simulator
+from megjax.system import (
+    ImageCodecTable,
+    SeedErrors,
+    Source,
+    SourceStatistics,
+    SystemConfig,
+    find_scheme,
+    make_simulator,
+)
 from tests import checks
 
 LATENT, IMAGE = (4, 4, 4), (16, 16, 3)
 STATISTICS = SourceStatistics((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), (0.5, -0.2, 0.0, 0.1), (1.2, 0.8, 1.0, 0.9))
 PROMPTS = ["a red house", "two boats by night"]
+OPTIONS = ("rate", "mapping", "modulation", "device_steps", "server_steps")
+CONFIG = [field.name for field in dataclasses.fields(SystemConfig)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -129,16 +139,21 @@ def table(images):
 
 @pytest.fixture(scope="session")
 def make(pipe, codec, table):
-    """`make(scheme, variant, **options)`: a simulator of this pipeline and codec with two denoising steps.
+    """`make(scheme, **options)`: a simulator of this pipeline and codec with two denoising steps.
 
-    With options that can be hashed it is made once. The errors of a split seed are not measured.
+    Options are those of the scheme, of `SystemConfig` and of `make_simulator`. With ones that can be hashed it is made
+    once. The errors of a split seed are not measured.
     """
-    given = {"codec": codec, "rate": 2.0, "num_steps": 2, "statistics": STATISTICS, "guided": False}
+    given = {"num_steps": 2, "statistics": STATISTICS, "guided": False}
     errors = SeedErrors(jnp.asarray([0.0]), jnp.asarray([[0.1, *np.linspace(0.1, 0.01, 16)]], jnp.float32))
 
-    def made(scheme="seed", variant=None, **options):
-        parts = {"coded": {"image_codec": table}, "seed": {"seed_errors": errors}}.get(variant, {})
-        return make_simulator(pipe, scheme=scheme, variant=variant, **given | parts | options)
+    def made(scheme="seed", **options):
+        fitted = {"centralized-coded": table, "split-seed": errors}.get(scheme)
+        parts = {"codec": codec, "fitted": fitted} | options
+        settings = {name: parts.pop(name) for name in CONFIG if name in parts}
+        mine = {name: parts.pop(name) for name in OPTIONS if name in parts}
+        chosen = find_scheme(scheme, defaults={"rate": 2.0} | mine)
+        return make_simulator(pipe, scheme=chosen, config=SystemConfig(**given | settings), **parts)
 
     kept = functools.cache(made)
 

@@ -9,7 +9,8 @@ from flax import nnx
 
 from megjax.codec import SeedCodec, SeedCodecConfig, SeedNetwork
 from megjax.power import EqualPower
-from megjax.system import SourceStatistics, build, codec_statistics, latent_moments, make_simulator, measured_weights
+from megjax.system import SourceStatistics, codec_statistics, latent_moments, make_simulator, measured_weights
+from megjax.system.schemes import WEIGHT_GRID_DB
 
 
 def test_moments_are_those_of_the_codecs_latents(codec, latents):
@@ -41,7 +42,7 @@ def test_weights_of_the_blocks(codec, make):
 
 
 def test_equal_simulators_are_equal(make):
-    one, other = make(), make(weights=None)
+    one, other = make(), make(weights=(0.0,))
     assert one is not other and one == other and hash(one) == hash(other)
     assert one != make(rate=1.0)
     assert one != dataclasses.replace(one, peak_power=2.0)
@@ -50,8 +51,8 @@ def test_equal_simulators_are_equal(make):
 @pytest.mark.slow
 def test_what_is_measured_where_nobody_says(codec, make):
     """The weights of a policy that asks for them, and the errors of a split seed."""
-    levels = build.WEIGHT_GRID_DB
-    found = make("split", "seed", policy="static", seed_errors=None).params
+    levels = WEIGHT_GRID_DB
+    found = make("split-seed", policy="static", fitted=None).params
     np.testing.assert_array_equal(found["weights"].snr_db, levels)
     np.testing.assert_allclose(found["weights"].weights[3], codec.block_weights(16, levels[3], 16), rtol=1e-6)
     errors = found["codec"].errors
@@ -71,28 +72,29 @@ class Nothing:
     ("options", "match"),
     [
         ({"scheme": "pigeon"}, "scheme is 'pigeon'.*centralized"),
-        ({"variant": "qam"}, "variant of 'seed' is 'qam'.*learned"),
+        ({"scheme": "seed:colour=2"}, "scheme is 'seed:colour=2'.*rate, mapping"),
+        ({"scheme": "seed:rate=fast"}, "scheme 'seed': rate is 'fast'.*a number"),
+        ({"scheme": 3}, "scheme is 3.*centralized"),
         ({"mode": "equal"}, "mode is 'equal'.*equal_energy"),
         ({"policy": "best"}, "policy is 'best'.*waterfilling"),
+        ({"policy": "dp:3"}, "policy is 'dp:3'.*dp alone"),
         ({"policy": Nothing()}, "policy is <.*allocate"),
+        ({"fading": "fog"}, "fading is 'fog'.*rayleigh"),
         ({"fading": Nothing()}, "fading is <.*sample"),
         ({"codec": Nothing()}, "codec is <.*spending"),
         ({"codec": None}, "codec is None"),
-        ({"codec": None, "variant": "klt"}, "codec is None.*SeedCodec"),
-        ({"scheme": "latent", "codec": None, "variant": "wiener"}, "codec is None.*SeedCodec"),
+        ({"codec": None, "scheme": "seed-klt"}, "codec is None.*SeedCodec for scheme 'seed-klt'"),
+        ({"scheme": "latent-wiener", "codec": None}, "codec is None.*SeedCodec"),
         ({"rate": 0.5}, r"rate is 0\.5"),
         ({"rate": 64.0}, "num_symbols is 1"),
         ({"num_blocks": 0}, "num_blocks is 0"),
         ({"num_blocks": 33, "policy": "equal"}, "num_symbols is 16"),
         ({"scheme": "split", "num_blocks": 33}, "num_blocks is 33"),
         ({"mapping": "random"}, "mapping is 'random'"),
-        ({"scheme": "centralized", "variant": "qam", "modulation": "8psk"}, "modulation is '8psk'"),
-        ({"scheme": "centralized", "variant": "coded", "image_codec": None}, "image_codec is None.*fit_image_codec"),
+        ({"scheme": "centralized-qam", "modulation": "8psk"}, "modulation is '8psk'"),
+        ({"scheme": "centralized-coded", "fitted": None}, "fitted is None.*fit_image_codec"),
         ({"scheme": "split", "device_steps": 0}, "device_steps is 0"),
         ({"scheme": "split", "server_steps": 3}, "server_steps is 3.*from 1 to 2"),
-        ({"server_steps": 1}, "server_steps is 1.*'split' only"),
-        ({"scheme": "split", "variant": "seed", "server_steps": 1}, "server_steps is 1.*not with its variant 'seed'"),
-        ({"scheme": "split", "mapping": "ordered"}, "mapping is 'ordered'.*'latent' of 'split'"),
         ({"scheme": "prompt", "device_steps": 0}, "device_steps is 0"),
         ({"peak_power": 0.0}, r"peak_power is 0\.0.*positive"),
         ({"peak_power": float("nan")}, "peak_power is nan"),
@@ -119,11 +121,11 @@ def test_parts_that_do_not_fit(make, pipe, table):
     small = SeedCodecConfig((2, 2, 2), tile=(2, 2), width=4, hidden=4, decoder_blocks=1, snr_steps=2, rate_steps=2)
     with pytest.raises(ValueError, match="codec's latent shape is .*2, 2, 2"):
         make(codec=blank(small))
-    with pytest.raises(ValueError, match="image_codec's image is .*8, 8, 3"):
-        make("centralized", "coded", image_codec=table._replace(mean_image=jnp.zeros((8, 8, 3))))
+    with pytest.raises(ValueError, match="fitted's image is .*8, 8, 3"):
+        make("centralized-coded", fitted=table._replace(mean_image=jnp.zeros((8, 8, 3))))
     raw = SeedCodecConfig((4, 4, 4), (4, 4), 4, 4, 0, 1, "raw", snr_steps=2, rate_steps=2)
     with pytest.raises(ValueError, match="transform 'raw'.*transform 'klt'"):
-        make("seed", "klt", codec=blank(raw))
+        make("seed-klt", codec=blank(raw))
     with pytest.raises(TypeError, match="colour"):
         make_simulator(pipe, None, "latent", colour="red")
     assert isinstance(make(policy=EqualPower()).params["policy"], EqualPower)

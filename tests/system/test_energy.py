@@ -9,7 +9,7 @@ import pytest
 
 from megjax.channel import NoFading, RayleighFading
 from megjax.power import LoadedPower, make_policy
-from megjax.system.links import mean_power
+from megjax.system.protocol import mean_power
 from tests import checks
 
 RISING, FALLING = (LoadedPower(jnp.asarray(load, jnp.float32)) for load in (np.arange(1, 17), np.arange(16, 0, -1)))

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from megjax.channel import NoFading, RayleighFading
-from megjax.system import CodedImageLink, ImageCodecTable, Source, fit_image_codec, image_codec
-from megjax.system.image_codec import OPTIONS, compress
+from megjax.system import CodedImageLink, ImageCodecTable, Source, fit_image_codec
+from megjax.system.schemes import coded
+from megjax.system.schemes.coded import OPTIONS, compress
 
 
 def smooth_images(num, size=48):
@@ -54,7 +55,7 @@ def test_bytes_that_both_ends_know_do_not_count():
         b"\x12\xff\x00\x34",
         b"\xff\xd9",
     ]
-    assert image_codec._jpeg_bytes(b"".join(parts)) == (4, 12)
+    assert coded._jpeg_bytes(b"".join(parts)) == (4, 12)
     picture = smooth_images(1)[0]
     plain = saved(picture, "JPEG", quality=50)
     scan = plain[plain.index(b"\xff\xda") + 2 + 12 : -2]  # the header of a scan of three components has 12 bytes
@@ -67,12 +68,12 @@ def test_bytes_that_both_ends_know_do_not_count():
     assert compress(picture[None], "webp", 50)[0][0] == size - 7
     # The first chunk of an extended file says what follows.
     extended = webp[:12] + b"VP8X" + (10).to_bytes(4, "little") + bytes(10) + webp[12:]
-    assert image_codec._webp_bytes(extended) == size - 7
+    assert coded._webp_bytes(extended) == size - 7
 
 
 def test_tables_of_its_own_pay_for_a_large_image():
     picture = smooth_images(1, 512)[0]
-    own, shared = (image_codec._jpeg_bytes(saved(picture, "JPEG", quality=20, optimize=o)) for o in (True, False))
+    own, shared = (coded._jpeg_bytes(saved(picture, "JPEG", quality=20, optimize=o)) for o in (True, False))
     assert sum(own) < shared[0]
     assert compress(picture[None], "jpeg", 20)[0][0] == sum(own) + 1 / 8
 
@@ -87,12 +88,12 @@ def test_images_outside_of_the_unit_interval(value):
 
 def test_the_link_is_out_as_often_as_the_table_says():
     fading, draws, level = RayleighFading(), 4000, 110
-    table = image_codec.outage_table(jax.random.key(0), fading, 4)
-    snr_db = image_codec._GRID_DB[level]
+    table = coded.outage_table(jax.random.key(0), fading, 4)
+    snr_db = coded._GRID_DB[level]
     keys = jax.random.split(jax.random.key(1), draws)
     gains = jax.jit(jax.vmap(lambda key: fading.sample(key, 4)))(keys)
     power, noise_var = jnp.ones(4), jnp.float32(10 ** (-snr_db / 10))
-    rates = jnp.asarray(image_codec._RATES, jnp.float32)
+    rates = jnp.asarray(coded._RATES, jnp.float32)
     arrives = jax.jit(jax.vmap(jax.vmap(CodedImageLink.arrives, (None, 0, None, None)), (0, None, None, None)))
     out = 1 - np.asarray(arrives(rates, gains, power, noise_var)).mean(1)
     p = table[level]
@@ -109,7 +110,7 @@ def a_table(rates, choices, shape=(16, 16, 3)):
 
 def test_symbols_choice_and_outage(make, deliver, source):
     table = a_table([0.5, 0.7, 4.0], [3, 12, 5])
-    simulator = make("centralized", "coded", image_codec=table, fading=NoFading(), policy="equal")
+    simulator = make("centralized-coded", fitted=table, fading=NoFading(), policy="equal")
     for snr_db, entry in ((-3.0, 0), (4.9, 0), (5.1, 1), (14.0, 1), (60.0, 2)):
         delivery = deliver(simulator, source, snr_db)
         sizes, decoded = compress(source.images, *OPTIONS[int(table.choice[entry])])

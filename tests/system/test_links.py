@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from megjax.channel import modulate, theory
+from megjax.channel.packing import from_blocks, to_blocks
 from megjax.codec import SeedCodec, link
-from megjax.codec.schemes import RawScheme
+from megjax.codec.coders import RawCoder
 from megjax.system import (
+    SCHEMES,
     AnalogLink,
     CodedImageLink,
     QAMLink,
@@ -19,11 +21,11 @@ from megjax.system import (
     SourceStatistics,
     SplitConstants,
     SplitLink,
+    find_scheme,
     latent_moments,
-    num_symbols,
 )
-from megjax.system.links import _from_bits, _scrambling, _to_bits, from_blocks, to_blocks
-from megjax.system.split import despread, spread
+from megjax.system.schemes.qam import _from_bits, _scrambling, _to_bits
+from megjax.system.schemes.split import despread, spread
 from tests.checks import within_standard_error
 
 MEAN, STD = jnp.asarray([0.5, -0.2, 0.0, 0.1]), jnp.asarray([1.2, 0.8, 1.0, 0.9])
@@ -75,11 +77,20 @@ def drawn_gains(fading, num, draws):
 
 
 def test_symbol_counts():
-    assert num_symbols("centralized", (64, 64, 3), (8, 8, 4)) == 3 * 64 * 64 // 2
-    assert num_symbols("latent", (64, 64, 3), (8, 8, 4)) == num_symbols("split", (), (8, 8, 4)) == 128
-    assert num_symbols("seed", (64, 64, 3), (8, 8, 4), rate=4.0) == 32
-    assert num_symbols("split", (64, 64, 3), (8, 8, 4), rate=4.0, variant="seed") == 32
-    assert num_symbols("prompt", (64, 64, 3), (8, 8, 4)) == 0
+    counts = {name: find_scheme(name).num_symbols((64, 64, 3), (8, 8, 4)) for name in SCHEMES.names}
+    assert counts == {
+        "seed": 32,
+        "seed-klt": 32,
+        "opta": 32,
+        "latent": 128,
+        "latent-wiener": 128,
+        "centralized": 3 * 64 * 64 // 2,
+        "centralized-coded": None,
+        "centralized-qam": 8 * 64 * 64 * 3 // 4,
+        "split": 128,
+        "split-seed": 32,
+        "prompt": 0,
+    }
     assert QAMLink((64, 64, 3)).num_symbols == 8 * 64 * 64 * 3 // 4
     assert QAMLink((4, 4, 3), "64qam").num_symbols == 64  # 384 bits
     assert QAMLink((4, 5, 3), "1024qam").num_symbols == 48
@@ -96,7 +107,7 @@ def test_symbol_counts():
 )
 def test_analog_error_is_that_of_the_lmmse_receiver(fading, snr_db, expected):
     way, latents = AnalogLink(32, BLOCKS, "interleaved"), white_latents(800)
-    scheme = RawScheme(MEAN, STD, (4, 4, 4))
+    scheme = RawCoder(MEAN, STD, (4, 4, 4))
     received, shared = receive(way, scheme, only_latents(latents), drawn_gains(fading, 800, 2), snr_db)
     error = (np.asarray(decode(way, scheme, received, shared)) - np.asarray(latents)[:, None]) / np.asarray(STD)
     within_standard_error(np.square(error).mean((1, 2, 3, 4)), expected)
@@ -107,9 +118,9 @@ def powers(symbols):
     return np.square(np.abs(np.asarray(symbols))).mean(-1)
 
 
-@pytest.mark.parametrize(("scheme", "variant"), [("seed", "learned"), ("seed", "klt"), ("latent", "symbol")])
-def test_analog_symbols_have_unit_power_in_every_block(make, latents, scheme, variant):
-    simulator = make(scheme, variant)
+@pytest.mark.parametrize("scheme", ["seed", "seed-klt", "latent"])
+def test_analog_symbols_have_unit_power_in_every_block(make, latents, scheme):
+    simulator = make(scheme)
     pack = lambda arguments, values: link.pack_code(values, *arguments)  # noqa: E731
 
     @jax.jit
@@ -127,9 +138,9 @@ def test_analog_symbols_have_unit_power_in_every_block(make, latents, scheme, va
 
 
 def test_pixels_have_unit_power(make, images):
-    simulator = make("centralized", "analog")
+    simulator = make("centralized")
     moments = jnp.asarray(images.mean((0, 1, 2))), jnp.asarray(images.std((0, 1, 2)))
-    scheme = RawScheme(*moments, simulator.params["codec"].latent_shape)
+    scheme = RawCoder(*moments, simulator.params["codec"].latent_shape)
     latents = jnp.zeros((len(images), 4, 4, 4))
     code = jax.jit(simulator.link.code, static_argnums=3)(
         scheme, Source(latents, jnp.asarray(images), latents), jnp.float32(3.0), None
@@ -273,8 +284,8 @@ def test_the_devices_input_has_the_law_of_a_noisy_latent(fading, variance, level
         (lambda: SplitLink((4, 4, 4), 1, 1.5), r"level is 1\.5"),
         (lambda: SplitLink((2, 2, 4), num_blocks=16), "num_blocks is 16.*num_symbols=8"),
         (lambda: CodedImageLink((4, 4, 3), 0), "num_blocks is 0"),
-        (lambda: num_symbols("seed", (64, 64, 3), (8, 8, 4), rate=0.5), r"rate is 0\.5"),
-        (lambda: num_symbols("pigeon", (64, 64, 3), (8, 8, 4)), "scheme is 'pigeon'"),
+        (lambda: find_scheme("seed:rate=0.5").num_symbols((64, 64, 3), (8, 8, 4)), r"rate is 0\.5"),
+        (lambda: find_scheme("pigeon"), "scheme is 'pigeon'"),
     ],
 )
 def test_bad_input(construct, match):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megjax.codec import link
-from megjax.system import SourceStatistics, simulate
+from megjax.system import SourceStatistics, SystemConfig, simulate
 from megjax.system import simulator as simulators
 
 PROMPTS = ["a red house", "two boats by night"]
@@ -23,16 +23,16 @@ def ids(pipe):
 
 
 WHOLE = [
-    ("seed", "learned", {"guided": True, "decode_batch": 2}),
-    ("prompt", "device", {"device_steps": 1}),
-    pytest.param("split", "latent", {"guided": True, "device_steps": 2, "server_steps": 1}, marks=pytest.mark.slow),
-    pytest.param("centralized", "coded", {"policy": "equal", "num_blocks": 8}, marks=pytest.mark.slow),
+    ("seed", {"guided": True, "decode_batch": 2}),
+    ("prompt", {"device_steps": 1}),
+    pytest.param("split", {"guided": True, "device_steps": 2, "server_steps": 1}, marks=pytest.mark.slow),
+    pytest.param("centralized-coded", {"policy": "equal", "num_blocks": 8}, marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("scheme", "variant", "options"), WHOLE)
-def test_token_ids_to_received_images(unchecked, pipe, make, ids, scheme, variant, options):
-    simulator = make(scheme, variant, **options)
+@pytest.mark.parametrize(("scheme", "options"), WHOLE)
+def test_token_ids_to_received_images(unchecked, pipe, make, ids, scheme, options):
+    simulator = make(scheme, **options)
     sent = run_whole(simulator, ids, 8.0)
     assert sent.delivery.images.shape == (2, 3, 16, 16, 3) and sent.delivery.images.dtype == jnp.float32
     assert np.all(np.isfinite(sent.delivery.images))
@@ -40,7 +40,7 @@ def test_token_ids_to_received_images(unchecked, pipe, make, ids, scheme, varian
     assert sent.delivery.gains.shape == (2, 3, simulator.link.num_blocks) and sent.delivery.energy.shape == (2, 3)
     partial_differs = np.abs(sent.source.partial - sent.source.latents).max() > 0.01
     assert partial_differs == (simulator.server_steps is not None)
-    if scheme == "centralized":
+    if scheme == "centralized-coded":
         assert sent.delivery.latents is None
         return
     latents = jnp.concatenate([sent.source.latents, sent.delivery.latents.reshape(6, 4, 4, 4)])
@@ -67,10 +67,9 @@ def test_the_servers_latents_are_those_of_the_pipeline(unchecked, pipe, make, id
 
 def test_a_second_simulation_never_compiles_again(unchecked, pipe, codec):
     def run(seed, snr_db, prompts, guidance_scale):
-        options = {"num_steps": 2, "rate": 2.0, "realisations": 3, "statistics": STATISTICS, "decode_batch": 2}
-        return simulate(
-            jax.random.key(seed), pipe, codec, prompts, "seed", snr_db=snr_db, guidance_scale=guidance_scale, **options
-        )
+        config = SystemConfig(num_steps=2, statistics=STATISTICS, decode_batch=2)
+        options = {"config": config, "realisations": 3, "guidance_scale": guidance_scale}
+        return simulate(jax.random.key(seed), pipe, codec, prompts, "seed:rate=2", snr_db=snr_db, **options)
 
     first = run(0, 3.0, PROMPTS, 3.0)
     size = simulators.run._cache_size()
@@ -182,7 +181,7 @@ def test_own_parts_of_plain_classes(make, deliver, source):
     ],
 )
 def test_bad_input(pipe, codec, options, match):
-    given = {"prompts": PROMPTS, "rate": 2.0, "num_steps": 2} | options
+    given = {"prompts": PROMPTS, "scheme": "seed:rate=2", "config": SystemConfig(num_steps=2)} | options
     with pytest.raises(ValueError, match=match) as error:
         simulate(jax.random.key(0), pipe, codec, **given)
     assert "\n" not in str(error.value)

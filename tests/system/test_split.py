@@ -9,9 +9,8 @@ import pytest
 
 from megjax.channel import RayleighFading
 from megjax.codec import link
-from megjax.codec.schemes import LearnedScheme
+from megjax.codec.coders import LearnedCoder
 from megjax.system import AnalogLink, PromptLink, SeedSplit, SeedSplitLink, Source, fit_seed_errors
-from megjax.system.build import as_pytree
 
 BLOCKS = 16
 
@@ -19,7 +18,7 @@ BLOCKS = 16
 @pytest.fixture(scope="module")
 def received(codec, latents):
     """`received(snr_db)`: what devices have of 400 latents, the prediction being fitted on 500 others."""
-    seed, num = LearnedScheme(codec.graph, codec.state), 400
+    seed, num = LearnedCoder(codec.graph, codec.state), 400
     way = SeedSplitLink(AnalogLink(16, BLOCKS), (4, 4, 4), 1)
     levels = (-10.0, 0.0, 5.0, 10.0, 20.0)
     errors = fit_seed_errors(jax.random.key(0), seed, way.analog, latents[500:], RayleighFading(), levels)
@@ -79,7 +78,7 @@ def test_coefficients_are_those_of_the_wiener_error():
 
     white = jax.random.normal(jax.random.key(0), (2000, 4, 4, 4))
     way = AnalogLink(16, BLOCKS)
-    errors = fit_seed_errors(jax.random.key(1), as_pytree(Plain()), way, white, RayleighFading(), (0.0, 10.0))
+    errors = fit_seed_errors(jax.random.key(1), Plain(), way, white, RayleighFading(), (0.0, 10.0))
     # 32 of 64 values are sent, two in each block; the others are received as zero.
     np.testing.assert_allclose(errors.coefficients[:, 0], 0.5, atol=0.03)
     np.testing.assert_allclose(errors.coefficients[:, 1:].mean(1), 2 / 64, rtol=0.1)

@@ -44,6 +44,8 @@ class PowerPolicy(Record):
     comes with a code."""
     parameter: str | None = None
     """What may follow the colon; None for a policy without a parameter."""
+    trained: bool = False
+    """Whether the policy has weights of its own, which sweeps file results under too."""
 
 
 POLICIES: Registry[PowerPolicy] = Registry("power policy", "megjax.power.policies", "megjax.policies")

@@ -16,7 +16,8 @@ from megjax.channel.numerics import squared_magnitude
 from megjax.configs import require
 from megjax.keys import threefry
 from megjax.power.problem import check_num_blocks
-from megjax.system.links import Code, Source, mean_power
+from megjax.system.protocol import Code, Link, Source, mean_power
+from megjax.system.schemes.base import SCHEMES, Parts, Scheme
 from megjax.units import check_snr_db, db_to_linear, linear_to_db
 
 OPTIONS = (
@@ -178,42 +179,32 @@ class CodedImageLink:
 
     image_shape: tuple[int, int, int]
     num_blocks: int = 16
+    num_symbols: ClassVar[None] = None
     result: ClassVar[str] = "images"
+    on_host: ClassVar[bool] = True
 
     def __post_init__(self):
         check_num_blocks(self.num_blocks)
 
     def code(self, params: ImageCodecTable, source: Source, snr_db: Float[ArrayLike, ""], energy: float | None) -> Code:
-        """As in `Link`; K and P are those of each image."""
-        choice = params.choice[jnp.argmin(jnp.abs(params.snr_db - snr_db))]
+        """The images as decoded by the receiver; K and P are those of each image."""
+        nearest = jnp.argmin(jnp.abs(params.snr_db - snr_db))
         sizes = jax.ShapeDtypeStruct((len(source.images),), jnp.float32)
         shapes = sizes, jax.ShapeDtypeStruct(source.images.shape, jnp.float32)
+        choice = params.choice[nearest]
         made = jax.pure_callback(_compress_choice, shapes, source.images, choice, vmap_method="sequential")
-        return self.from_compressed(params, *made, snr_db, energy)
-
-    def from_compressed(
-        self,
-        params: ImageCodecTable,
-        sizes: Float[Array | np.ndarray, " b"],
-        decoded: Float[Array | np.ndarray, "b H W 3"],
-        snr_db: Float[ArrayLike, ""],
-        energy: float | None,
-    ) -> Code:
-        """`code` from the bytes [b] and the decoded images [b H W 3] of the SNR's choice, which the host has made."""
-        rate = params.rate[jnp.argmin(jnp.abs(params.snr_db - snr_db))]
-        count = jnp.ceil(8 * jnp.asarray(sizes, jnp.float32) / rate)
-        return Code(
-            jnp.asarray(decoded), rate, count, mean_power(count, energy), jnp.ones(self.num_blocks, jnp.float32)
-        )
+        sizes, decoded = made
+        count, rate = jnp.ceil(8 * sizes / params.rate[nearest]), params.rate[nearest]
+        return Code(decoded, rate, count, mean_power(count, energy), jnp.ones(self.num_blocks, jnp.float32))
 
     def transmit(self, params, key, payload, shared, gains, power, noise_var) -> Float[Array, "H W 3"]:
-        """As in `Link`; `key` is unused, as noise is in the capacity."""
+        """The image, or the mean training image in outage; `key` is unused, as noise is in the capacity."""
         return jnp.where(self.arrives(shared, gains, power, noise_var), payload, params.mean_image)
 
     def decode(
         self, params: ImageCodecTable, received: Float[Array, "n H W 3"], shared: PyTree
     ) -> Float[Array, "n H W 3"]:
-        """As in `Link`."""
+        """The same images."""
         return received
 
     @staticmethod
@@ -224,3 +215,31 @@ class CodedImageLink:
 
 def _compress_choice(images, choice) -> tuple[np.ndarray, np.ndarray]:
     return compress(images, *OPTIONS[int(choice)])
+
+
+@SCHEMES.register
+@dataclasses.dataclass(frozen=True)
+class CentralizedCoded(Scheme):
+    """Finished images by JPEG or WebP over an ideal channel code, quality and rate chosen for each SNR."""
+
+    name: ClassVar[str] = "centralized-coded"
+    title: ClassVar[str] = "centralized, coded"
+    version: ClassVar[int] = 1
+    rank: ClassVar[int] = 70
+    result: ClassVar[str] = "images"
+
+    def num_symbols(self, image_shape: tuple[int, ...], latent_shape: tuple[int, ...]) -> None:
+        """None: each image has its own."""
+
+    def fit(self, parts: Parts) -> ImageCodecTable:
+        """The choices at the SNRs that will be asked for, on the training pictures."""
+        known = parts.training_images is not None
+        require(known, "fitted", None, f"given for scheme {self.name!r}, by fit_image_codec")
+        images, levels = parts.training_images(), parts.snr_db
+        return fit_image_codec(parts.key, images, parts.fading, levels, parts.energy, parts.num_blocks)
+
+    def build(self, parts: Parts, fitted: ImageCodecTable) -> tuple[Link, Any]:
+        """A `CodedImageLink` and the table of choices."""
+        found = tuple(fitted.mean_image.shape)
+        require(found == parts.image_shape, "fitted's image", found, f"of the model's shape, {parts.image_shape}")
+        return CodedImageLink(parts.image_shape, parts.num_blocks), fitted

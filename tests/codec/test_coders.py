@@ -1,4 +1,4 @@
-"""Tests of the analog schemes behind their protocol: energy, gains, closed forms, weights of the blocks."""
+"""Tests of the analog coders behind their protocol: energy, gains, closed forms, weights of the blocks."""
 
 import dataclasses
 import functools
@@ -12,23 +12,14 @@ from megjax.channel import MAPPINGS, NoFading, RayleighFading, symbols_per_block
 from megjax.channel.loading import mean_lmmse_error_awgn
 from megjax.channel.theory import mean_lmmse_error_rayleigh
 from megjax.codec import SeedCodec, SeedCodecConfig, link
+from megjax.codec.coders import Coder, KLTCoder, LearnedCoder, RawCoder
 from megjax.codec.fitting import calibrate, initial_network
+from megjax.codec.importance import POWERS, additive_prediction, block_power, block_weights
 from megjax.codec.linear import klt_load, klt_nmse, latent_statistics
-from megjax.codec.schemes import (
-    POWERS,
-    KLTScheme,
-    LearnedScheme,
-    RawScheme,
-    Scheme,
-    additive_prediction,
-    block_power,
-    block_weights,
-    draw_gains,
-    realisation_keys,
-    simulate,
-)
+from megjax.system import draw_gains, realisation_keys
 from megjax.units import db_to_linear
 from tests.checks import STANDARD_ERRORS, within_standard_error
+from tests.coders import simulate
 from tests.products import inexact_products
 
 SHAPE, SIZE, BLOCKS, COUNT = (4, 4, 4), 64, 8, 1000
@@ -54,15 +45,15 @@ def learned(**changes):
     """The untrained codec, its code standardised over the latents."""
     network = calibrate(initial_network(dataclasses.replace(CONFIG, **changes), LATENTS), LATENTS)
     codec = SeedCodec(network)
-    return LearnedScheme(codec.graph, codec.state)
+    return LearnedCoder(codec.graph, codec.state)
 
 
 @pytest.fixture(scope="module")
 def schemes(small_programs):
-    raw = RawScheme.of(LATENTS)
+    raw = RawCoder.of(LATENTS)
     return {
         "learned": learned(),
-        "klt": KLTScheme(STATISTICS, SHAPE, mean_lmmse_error_rayleigh),
+        "klt": KLTCoder(STATISTICS, SHAPE, mean_lmmse_error_rayleigh),
         "raw": raw,
         "wiener": dataclasses.replace(raw, statistics=STATISTICS),
         "denoiser": learned(transform="raw", encoder_blocks=0),
@@ -80,7 +71,7 @@ def send(scheme, latents, snr_db, fading, num_symbols, mapping="ordered"):
     """What `simulate` receives; its gains must be those that the keys alone give, whatever the scheme."""
     keys = realisation_keys(jax.random.key(0), np.arange(len(latents), dtype=np.uint32))
     spending = SPEND(scheme, np.float32(snr_db), num_symbols, BLOCKS, mapping)
-    options = dict(num_symbols=num_symbols, num_blocks=BLOCKS, mapping=mapping, spending=spending)
+    options = dict(num_symbols=num_symbols, num_blocks=BLOCKS, mapping=mapping)
     arguments = latents, np.float32(snr_db), fading
     received, block_snr = SIMULATE(scheme, jax.random.clone(keys), *arguments, power=spending.load, **options)
     expected = np.abs(np.asarray(GAINS(keys, fading, BLOCKS))) ** 2 * 10 ** (snr_db / 10) * np.asarray(spending.load)
@@ -96,7 +87,7 @@ def nmse(received, latents):
 @pytest.mark.parametrize("name", NAMES)
 def test_protocol(schemes, name):
     scheme = schemes[name]
-    assert isinstance(scheme, Scheme)
+    assert isinstance(scheme, Coder)
     leaves, structure = jax.tree.flatten(scheme)
     assert all(isinstance(leaf, jax.Array) for leaf in leaves)
     assert jax.tree.structure(jax.tree.unflatten(structure, leaves)) == structure
@@ -161,7 +152,7 @@ def test_keys_depend_on_image_and_realisation_only():
     ],
 )
 def test_klt_has_its_closed_form(fading, mean_error, num_symbols, mapping):
-    scheme, snr_db = KLTScheme(STATISTICS, SHAPE, mean_error), 5.0
+    scheme, snr_db = KLTCoder(STATISTICS, SHAPE, mean_error), 5.0
     latents = make_latents(COUNT, seed=1)
 
     @jax.jit
@@ -263,7 +254,7 @@ def test_additive_model_of_the_klt(schemes, klt_weights):
         ({"mapping": "sorted"}, "mapping is 'sorted'"),
         ({"power": "all"}, "power is 'all'; it must be one of"),
         ({"num_symbols": 33}, "num_symbols is 33"),
-        ({"num_symbols": 4}, "num_symbols is 4"),
+        ({"num_symbols": 4}, "num_symbols=4"),
     ],
 )
 @pytest.mark.parametrize("name", NAMES)
