@@ -89,9 +89,9 @@ class SamplingMethod(Record):
     any value. Those that `SchedulerConfig` has no field for are in its `others`."""
     settings_of_others: tuple[str, ...] = ()
     """Settings that are read where another class left them in the file."""
-    timestep_spacing: str = "linspace"
-    """What the class takes where a file does not say it, as is `set_alpha_to_one`."""
-    set_alpha_to_one: bool = True
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    """Settings for which the class has another default than most: `timestep_spacing` "linspace", `set_alpha_to_one`
+    True, `clip_sample` False."""
     refused_predictions: tuple[str, ...] = ()
     """Prediction types that the sampler cannot work with."""
     fractional_timesteps: bool = False

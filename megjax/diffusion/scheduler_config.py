@@ -22,7 +22,10 @@ _CHOICES = {
     "prediction_type": PREDICTION_TYPES,
     "timestep_spacing": (None, "leading", "linspace", "trailing"),
     "set_alpha_to_one": (None, True, False),
+    "clip_sample": (None, True, False),
 }
+# Settings whose default depends on the class: None until a sampler is asked for. These are the defaults of most.
+_DEFAULTS = {"timestep_spacing": "linspace", "set_alpha_to_one": True, "clip_sample": False}
 # The default of some classes' settings, which has no place in strict JSON.
 _ENDLESS = (-math.inf, "-Infinity")
 
@@ -39,9 +42,9 @@ class SchedulerConfig:
 
     Field names and defaults are diffusers'. `sampler` stands for `_class_name`: a name of `SAMPLERS`, or the name of a
     class that has no sampler here. Where diffusers' classes differ in a default (`timestep_spacing`,
-    `set_alpha_to_one`), None means the default of whichever sampler is asked for. As with diffusers' `from_config`,
-    settings that a sampler's class does not have are kept and not read by it. `others` holds the settings that
-    have no field, as (name, value).
+    `set_alpha_to_one`, `clip_sample`), None means the default of whichever sampler is asked for. As with diffusers'
+    `from_config`, settings that a sampler's class does not have are kept and not read by it. `others` holds the
+    settings that have no field, as (name, value).
 
     Raises:
       ValueError: a setting of the noise schedule is outside what is supported; the message names it, its value and what
@@ -59,7 +62,7 @@ class SchedulerConfig:
     steps_offset: int = 0
     set_alpha_to_one: bool | None = None
     skip_prk_steps: bool = False
-    clip_sample: bool = True
+    clip_sample: bool | None = None
     clip_sample_range: float = 1.0
     rescale_betas_zero_snr: bool = False
     use_karras_sigmas: bool = False
@@ -156,7 +159,7 @@ class SchedulerConfig:
         of_class = {*_COMMON_KEYS, *SAMPLERS.find(self.sampler).settings} if self.sampler in SAMPLERS else ()
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            per_class_default = field.name in ("timestep_spacing", "set_alpha_to_one") and value is None
+            per_class_default = field.name in _DEFAULTS and value is None
             # A class that has no sampler here may have other defaults.
             own = not of_class or field.name in of_class
             written = field.name not in ("sampler", "others") and not per_class_default
@@ -184,9 +187,7 @@ class SchedulerConfig:
             reject("prediction_type", self.prediction_type, f"{others} for sampler {sampler!r}")
         settings = {field.name: field.default for field in dataclasses.fields(self)}
         settings |= {name: getattr(self, name) for name in settings if reads(sampler, name)}
-        settings["timestep_spacing"] = self.timestep_spacing or method.timestep_spacing
-        if settings["set_alpha_to_one"] is None:
-            settings["set_alpha_to_one"] = method.set_alpha_to_one
+        settings |= {name: value for name, value in (_DEFAULTS | method.defaults).items() if settings[name] is None}
         settings["others"] = tuple((name, value) for name, value in self.others if name in method.settings)
         config = SchedulerConfig(**settings | {"sampler": sampler})
         choices = {name: allowed for name, allowed in method.settings.items() if allowed is not None}

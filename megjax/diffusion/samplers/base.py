@@ -59,7 +59,7 @@ def make_sampler(config: SchedulerConfig, sampler: str, num_steps: int, eta: flo
         method=method,
         num_steps=num,
         stochastic=method.stochastic or eta > 0,
-        clip_range=config.clip_sample_range if "clip_sample" in method.settings and config.clip_sample else None,
+        clip_range=config.clip_sample_range if config.clip_sample else None,
     )
 
 

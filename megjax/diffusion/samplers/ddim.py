@@ -32,7 +32,7 @@ SAMPLERS.register(
             "rescale_betas_zero_snr": None,
             **THRESHOLDING,
         },
-        timestep_spacing="leading",
+        defaults={"timestep_spacing": "leading", "clip_sample": True},
         takes_eta=True,
         visits=discrete_visits,
         weights=ddim_weights,
