@@ -9,7 +9,7 @@ from megjax.codec import SeedCodec
 from megjax.diffusion.generation import image_keys
 from megjax.diffusion.layout import ASSETS
 from megjax.diffusion.pipeline import StableDiffusion
-from megjax.diffusion.scheduler_config import SAMPLERS
+from megjax.diffusion.samplers import SAMPLERS
 from megjax.ldm.quality import measure
 from megjax.metrics import SceneNet
 
@@ -65,7 +65,7 @@ def test_its_codec_is_small_keeps_the_power_and_beats_the_raw_latent():
     assert nmse < 0.5  # the raw latent's, received symbol by symbol at 0 dB
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", SAMPLERS.names)
 def test_every_sampler_has_a_schedule_for_it(pipe, name):
     assert pipe.sampler(name, 25).num_steps >= 25
 

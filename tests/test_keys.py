@@ -11,7 +11,8 @@ from megjax import channel
 from megjax.channel.random import split
 from megjax.codec import fitting, schemes
 from megjax.data import scenes
-from megjax.diffusion import generation, samplers
+from megjax.diffusion import generation
+from megjax.diffusion.samplers.base import draw
 from megjax.keys import as_key, from_seed, threefry
 from megjax.power.environment import PowerControl
 from megjax.system import PromptLink, SplitConstants, SplitLink
@@ -53,7 +54,7 @@ def draw_system(key):
 
 def draw_images(key):
     noise_keys, step_keys = generation.image_keys(key, 2)
-    return noise_keys, samplers._draw(step_keys, 3, (2, 4)), scenes.render(key, scenes.sample_scene(key), 16)
+    return noise_keys, draw(step_keys, 3, (2, 4)), scenes.render(key, scenes.sample_scene(key), 16)
 
 
 @pytest.mark.slow

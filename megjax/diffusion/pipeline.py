@@ -15,8 +15,8 @@ from megjax.configs import is_integer, require, require_count, require_number, r
 from megjax.diffusion import checkpoint, generation, layout
 from megjax.diffusion.clip import CLIPTextConfig
 from megjax.diffusion.generation import Graphs
-from megjax.diffusion.samplers import Sampler, make_sampler
-from megjax.diffusion.scheduler_config import SAMPLERS, SchedulerConfig
+from megjax.diffusion.samplers import SAMPLERS, Sampler, make_sampler
+from megjax.diffusion.scheduler_config import SchedulerConfig
 from megjax.diffusion.tokenization import load_tokenizer, save_tokenizer, tokenize
 from megjax.diffusion.unet import UNetConfig
 from megjax.diffusion.vae import VAEConfig
@@ -143,10 +143,15 @@ class StableDiffusion:
         return tokenize(self.tokenizer, prompts)
 
     def sampler(self, sampler: str | None = None, num_steps: int = 25, eta: float = 0.0) -> Sampler:
-        """The schedule of a sampler ("ddim", "pndm", "euler", "euler_ancestral", "dpm++"; None: the checkpoint's)."""
+        """The tables of a sampler by its name in `SAMPLERS`, such as "ddim" or "dpm++" (None: the checkpoint's own)."""
         name = self.configs.scheduler.sampler if sampler is None else sampler
         whose = "the checkpoint's own sampler" if sampler is None else "sampler"
-        require(name in SAMPLERS, whose, name, f"one of {SAMPLERS}" + ", named by `sampler=`" * (sampler is None))
+        require(
+            name in SAMPLERS.names,
+            whose,
+            name,
+            f"one of {SAMPLERS.names}" + ", named by `sampler=`" * (sampler is None),
+        )
         return self._sampler(name, require_count("num_steps", num_steps), require_number("eta", eta))
 
     def _arguments(

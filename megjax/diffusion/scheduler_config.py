@@ -1,4 +1,4 @@
-"""SchedulerConfig: diffusers' scheduler_config.json, with each setting read by the sampler classes that have it."""
+"""SchedulerConfig: diffusers' scheduler_config.json, with each setting read by the samplers whose class has it."""
 
 import dataclasses
 import math
@@ -9,95 +9,31 @@ from typing import Any
 import numpy as np
 
 from megjax.configs import freeze
+from megjax.diffusion.sampler_types import SAMPLERS
 
-CLASS_NAMES = {
-    "ddim": "DDIMScheduler",
-    "pndm": "PNDMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-}
-SAMPLERS = tuple(CLASS_NAMES)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 # Settings of every sampler. The first are the noise schedule itself, whose defaults other classes than these change.
 _SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 _COMMON_KEYS = (*_SCHEDULE_KEYS, "trained_betas", "prediction_type", "timestep_spacing", "steps_offset")
-_THRESHOLDING = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
-CLASS_KEYS = {
-    "ddim": ("set_alpha_to_one", "clip_sample", "clip_sample_range", "rescale_betas_zero_snr", *_THRESHOLDING),
-    "pndm": ("set_alpha_to_one", "skip_prk_steps"),
-    "euler": (
-        "rescale_betas_zero_snr",
-        "use_karras_sigmas",
-        "use_exponential_sigmas",
-        "use_beta_sigmas",
-        "sigma_min",
-        "sigma_max",
-        "final_sigmas_type",
-        "interpolation_type",
-        "timestep_type",
-    ),
-    "euler_ancestral": ("rescale_betas_zero_snr",),
-    "dpm++": (
-        "rescale_betas_zero_snr",
-        "use_karras_sigmas",
-        "use_exponential_sigmas",
-        "use_beta_sigmas",
-        "use_lu_lambdas",
-        "use_flow_sigmas",
-        "flow_shift",
-        "use_dynamic_shifting",
-        "time_shift_type",
-        "solver_order",
-        "solver_type",
-        "algorithm_type",
-        "variance_type",
-        "lambda_min_clipped",
-        "lower_order_final",
-        "euler_at_final",
-        "final_sigmas_type",
-        *_THRESHOLDING,
-    ),
-}
-"""Settings that each sampler's class in diffusers has beside the common ones."""
-# DPM-Solver++ also takes the ends of Karras sigmas from what another class left in the file.
-_LEFT_BY_OTHERS = {"dpm++": ("sigma_min", "sigma_max")}
 
 _CHOICES = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction_type": PREDICTION_TYPES,
     "timestep_spacing": (None, "leading", "linspace", "trailing"),
-    "solver_order": (1, 2),
-    "final_sigmas_type": ("zero", "sigma_min"),
     "set_alpha_to_one": (None, True, False),
+    "clip_sample": (None, True, False),
 }
-
-# Settings with one supported meaning: name -> values that have it (None: any value, because the setting is read only
-# together with a feature whose own switch must be off here).
-_INERT = {
-    "thresholding": (False,),
-    "dynamic_thresholding_ratio": None,
-    "sample_max_value": None,
-    "algorithm_type": ("dpmsolver++", "deis"),  # diffusers takes the names of another class's solvers for its own
-    "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
-    "use_flow_sigmas": (False, None),
-    "flow_shift": None,
-    "use_dynamic_shifting": (False, None),
-    "time_shift_type": None,
-    "lambda_min_clipped": (-math.inf, "-Infinity"),
-    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-    "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
-}
+# Settings whose default depends on the class: None until a sampler is asked for. These are the defaults of most.
+_DEFAULTS = {"timestep_spacing": "linspace", "set_alpha_to_one": True, "clip_sample": False}
+# The default of some classes' settings, which has no place in strict JSON.
+_ENDLESS = (-math.inf, "-Infinity")
 
 
 def reads(sampler: str, name: str) -> bool:
     """Whether the sampler `sampler` reads the setting `name`."""
-    return name in _COMMON_KEYS or name in CLASS_KEYS[sampler] or name in _LEFT_BY_OTHERS.get(sampler, ())
+    method = SAMPLERS.find(sampler)
+    return name in _COMMON_KEYS or name in method.settings or name in method.settings_of_others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +42,9 @@ class SchedulerConfig:
 
     Field names and defaults are diffusers'. `sampler` stands for `_class_name`: a name of `SAMPLERS`, or the name of a
     class that has no sampler here. Where diffusers' classes differ in a default (`timestep_spacing`,
-    `set_alpha_to_one`), None means the default of whichever sampler is asked for. As with diffusers' `from_config`,
-    settings that a sampler's class does not have are kept and not read by it. `others` holds the settings that
-    have no field, as (name, value).
+    `set_alpha_to_one`, `clip_sample`), None means the default of whichever sampler is asked for. As with diffusers'
+    `from_config`, settings that a sampler's class does not have are kept and not read by it. `others` holds the
+    settings that have no field, as (name, value).
 
     Raises:
       ValueError: a setting of the noise schedule is outside what is supported; the message names it, its value and what
@@ -126,7 +62,7 @@ class SchedulerConfig:
     steps_offset: int = 0
     set_alpha_to_one: bool | None = None
     skip_prk_steps: bool = False
-    clip_sample: bool = True
+    clip_sample: bool | None = None
     clip_sample_range: float = 1.0
     rescale_betas_zero_snr: bool = False
     use_karras_sigmas: bool = False
@@ -141,20 +77,20 @@ class SchedulerConfig:
     def __post_init__(self):
         named = isinstance(self.sampler, str) and (self.sampler in SAMPLERS or self.sampler.endswith("Scheduler"))
         if not named:
-            reject("sampler", self.sampler, f"one of {SAMPLERS}, or the name of a scheduler class")
-        self._check(_COMMON_KEYS)
+            reject("sampler", self.sampler, f"one of {SAMPLERS.names}, or the name of a scheduler class")
+        self._check(_COMMON_KEYS, _CHOICES)
         if self.trained_betas is not None:
             object.__setattr__(self, "trained_betas", _check_betas(self.trained_betas, self.num_train_timesteps))
 
-    def _check(self, names):
-        """ValueError unless each of these settings has a supported value."""
+    def _check(self, names, choices):
+        """ValueError unless each of these settings has a supported value, one of its `choices` if it has such."""
         types = {field.name: field.type for field in dataclasses.fields(self)}
         for name in names:
             if name not in types:
                 continue
             value = getattr(self, name)
-            if name in _CHOICES and value not in _CHOICES[name]:
-                reject(name, value, f"one of {_CHOICES[name]}")
+            if name in choices and value not in choices[name]:
+                reject(name, value, f"one of {choices[name]}")
             if types[name] is bool and not isinstance(value, bool):
                 reject(name, value, "True or False")
             least = {"num_train_timesteps": 1, "steps_offset": 0}.get(name)
@@ -168,7 +104,7 @@ class SchedulerConfig:
     @property
     def class_name(self) -> str:
         """The name of the scheduler's class in diffusers."""
-        return CLASS_NAMES.get(self.sampler, self.sampler)
+        return SAMPLERS.find(self.sampler).class_name if self.sampler in SAMPLERS else self.sampler
 
     @property
     def zero_terminal_snr(self) -> bool:
@@ -188,13 +124,14 @@ class SchedulerConfig:
         """
         class_name = d.get("_class_name")
         if not isinstance(class_name, str) or not class_name.endswith("Scheduler"):
-            reject("_class_name", class_name, f"one of {tuple(CLASS_NAMES.values())}, or another scheduler class")
-        sampler = {name: sampler for sampler, name in CLASS_NAMES.items()}.get(class_name, class_name)
-        values = {key: freeze(value) for key, value in d.items() if not key.startswith("_")}
-        if values.get("lambda_min_clipped") in _INERT["lambda_min_clipped"]:
-            del values["lambda_min_clipped"]  # the default, which has no place in strict JSON
+            known = tuple(method.class_name for method in SAMPLERS)
+            reject("_class_name", class_name, f"one of {known}, or another scheduler class")
+        sampler = next((method.name for method in SAMPLERS if method.class_name == class_name), class_name)
         types = {field.name: field.type for field in dataclasses.fields(cls) if field.name not in ("sampler", "others")}
-        unknown = {key: value for key, value in values.items() if key not in types and key not in _INERT}
+        values = {key: freeze(value) for key, value in d.items() if not key.startswith("_")}
+        values = {key: value for key, value in values.items() if key in types or value not in _ENDLESS}
+        known = types.keys() | {key for method in SAMPLERS for key in method.settings}
+        unknown = {key: value for key, value in values.items() if key not in known}
         if sampler in SAMPLERS and unknown:
             listed = ", ".join(f"{key}={value!r}" for key, value in sorted(unknown.items()))
             warnings.warn(f"scheduler settings that {class_name} does not read are ignored: {listed}", stacklevel=2)
@@ -219,11 +156,12 @@ class SchedulerConfig:
     def to_dict(self) -> dict[str, Any]:
         """The scheduler_config.json content from which diffusers' class of this sampler, and `from_dict`, reopen it."""
         d: dict[str, Any] = {"_class_name": self.class_name, **dict(self.others)}
+        of_class = {*_COMMON_KEYS, *SAMPLERS.find(self.sampler).settings} if self.sampler in SAMPLERS else ()
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            per_class_default = field.name in ("timestep_spacing", "set_alpha_to_one") and value is None
+            per_class_default = field.name in _DEFAULTS and value is None
             # A class that has no sampler here may have other defaults.
-            own = self.sampler not in SAMPLERS or field.name in _COMMON_KEYS + CLASS_KEYS[self.sampler]
+            own = not of_class or field.name in of_class
             written = field.name not in ("sampler", "others") and not per_class_default
             if written and (own or value != field.default):
                 d[field.name] = value
@@ -237,23 +175,23 @@ class SchedulerConfig:
         Raises:
           ValueError: `sampler` is unknown, or cannot honour a setting that it reads.
         """
-        if sampler not in SAMPLERS:
-            reject("sampler", sampler, f"one of {SAMPLERS}")
+        if sampler not in SAMPLERS.names:
+            reject("sampler", sampler, f"one of {SAMPLERS.names}")
+        method = SAMPLERS.find(sampler)
         for name, value in self.others:
-            allowed = _INERT.get(name)
-            if allowed is not None and reads(sampler, name) and value not in allowed:
+            allowed = method.settings.get(name)
+            if allowed is not None and value not in allowed:
                 reject(name, value, " or ".join(map(repr, allowed)))
-        if sampler in ("pndm", "euler_ancestral") and self.prediction_type == "sample":
-            reject("prediction_type", "sample", f"'epsilon' or 'v_prediction' for sampler {sampler!r}")
+        if self.prediction_type in method.refused_predictions:
+            others = " or ".join(repr(kind) for kind in PREDICTION_TYPES if kind not in method.refused_predictions)
+            reject("prediction_type", self.prediction_type, f"{others} for sampler {sampler!r}")
         settings = {field.name: field.default for field in dataclasses.fields(self)}
         settings |= {name: getattr(self, name) for name in settings if reads(sampler, name)}
-        settings["timestep_spacing"] = self.timestep_spacing or (
-            "leading" if sampler in ("ddim", "pndm") else "linspace"
-        )
-        if settings["set_alpha_to_one"] is None:
-            settings["set_alpha_to_one"] = sampler != "pndm"
+        settings |= {name: value for name, value in (_DEFAULTS | method.defaults).items() if settings[name] is None}
+        settings["others"] = tuple((name, value) for name, value in self.others if name in method.settings)
         config = SchedulerConfig(**settings | {"sampler": sampler})
-        config._check(name for name in settings if reads(sampler, name))
+        choices = {name: allowed for name, allowed in method.settings.items() if allowed is not None}
+        config._check([name for name in settings if reads(sampler, name)], choices | _CHOICES)
         return config
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from megjax.diffusion.sampler_types import SAMPLERS
 from megjax.diffusion.scheduler_config import PREDICTION_TYPES, SchedulerConfig, reject
 
 
@@ -41,23 +42,20 @@ def alphas_cumprod(config: SchedulerConfig) -> Float[np.ndarray, "t"]:
 
 
 def inference_timesteps(config: SchedulerConfig, num_steps: int) -> Float[np.ndarray, "n"]:
-    """Decreasing timesteps at which `config.sampler` (see `for_sampler`) calls the model, float64 [num_steps].
-
-    Euler samplers keep fractional timesteps; DPM-Solver++ spaces one step more and leaves out the last, because its
-    last step ends at the final sigma.
+    """Decreasing timesteps of the steps of `config.sampler` (see `for_sampler`), float64 [num_steps].
 
     Raises:
       ValueError: `num_steps` is not an integer in [1, num_train_timesteps], or the timesteps it gives repeat or leave
-        the training range.
+        the training range; a class that has no sampler here.
     """
-    train_steps = config.num_train_timesteps
+    method, train_steps = SAMPLERS.find(config.sampler), config.num_train_timesteps
     try:
         num_steps = operator.index(num_steps)
     except TypeError:
         reject("num_steps", num_steps, "an integer")
     if not 1 <= num_steps <= train_steps:
         reject("num_steps", num_steps, f"in [1, {train_steps}]")
-    points = num_steps + 1 if config.sampler == "dpm++" else num_steps
+    points = num_steps + method.spare_timestep
     if config.timestep_spacing == "trailing":
         # arange, whose rounding decides ties such as 937.5, because diffusers takes the same
         timesteps = np.round(np.arange(train_steps, 0, -train_steps / num_steps)[:num_steps]) - 1
@@ -65,7 +63,7 @@ def inference_timesteps(config: SchedulerConfig, num_steps: int) -> Float[np.nda
         timesteps = (np.arange(points) * (train_steps // points))[::-1][:num_steps] + float(config.steps_offset)
     else:
         timesteps = np.linspace(0, train_steps - 1, points)[::-1][:num_steps]
-        if not config.sampler.startswith("euler"):
+        if not method.fractional_timesteps:
             timesteps = np.round(timesteps)
     if timesteps[0] > train_steps - 1 or np.any(np.diff(timesteps) >= 0):
         spacing = f"timestep_spacing={config.timestep_spacing!r} and steps_offset={config.steps_offset}"

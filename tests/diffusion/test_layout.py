@@ -13,7 +13,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from megjax.diffusion import layout
 from megjax.diffusion.pipeline import StableDiffusion
-from megjax.diffusion.scheduler_config import CLASS_NAMES
+from megjax.diffusion.samplers import SAMPLERS
 from megjax.diffusion.tokenization import load_tokenizer
 from tests.checks import assert_equal_trees
 
@@ -189,10 +189,10 @@ def test_unsupported_pipelines(folder, changes, match):
 
 
 def test_the_index_names_the_sampler_as_in_diffusers(folder):
-    for sampler, class_name in CLASS_NAMES.items():
-        edit(folder / "model_index.json", scheduler=["diffusers", class_name])
+    for method in SAMPLERS:
+        edit(folder / "model_index.json", scheduler=["diffusers", method.class_name])
         config = layout.scheduler_config(layout.locate(folder))
-        assert (config.sampler, config.skip_prk_steps, config.beta_end) == (sampler, True, 0.012)
+        assert (config.sampler, config.skip_prk_steps, config.beta_end) == (method.name, True, 0.012)
 
 
 def test_diffusers_overrides_of_old_scheduler_settings(folder):

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from megjax.diffusion import layout
 from megjax.diffusion.pipeline import StableDiffusion
-from megjax.diffusion.scheduler_config import SAMPLERS
+from megjax.diffusion.samplers import SAMPLERS
 from tests.checks import assert_equal_trees
 from tests.diffusion.published import SD_15
 
@@ -117,7 +117,7 @@ def test_a_folder_whose_sampler_is_not_here_opens_and_runs_the_others(folder, tm
     pipe = StableDiffusion.from_pretrained(folder)
     with pytest.raises(ValueError, match="own sampler is 'UniPCMultistepScheduler'; it must be one of .*'ddim'.*"):
         pipe.sampler(num_steps=5)
-    assert [pipe.sampler(name, 5).name for name in SAMPLERS] == list(SAMPLERS)
+    assert [pipe.sampler(name, 5).name for name in SAMPLERS.names] == list(SAMPLERS.names)
     pipe.save_pretrained(tmp_path / "copy")
     assert json.loads((tmp_path / "copy" / "model_index.json").read_text())["scheduler"][1] == "UniPCMultistepScheduler"
     reopened = layout.scheduler_config(tmp_path / "copy")

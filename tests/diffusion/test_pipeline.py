@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import megjax
 from megjax.diffusion.pipeline import FlaxStableDiffusion, StableDiffusion
-from megjax.diffusion.scheduler_config import CLASS_NAMES
+from megjax.diffusion.samplers import SAMPLERS
 from megjax.diffusion.tokenization import train_tokenizer
 from tests.checks import assert_equal_trees
 from tests.diffusion.published import SD_15
@@ -174,7 +174,7 @@ def our_images(pipe, noise, sampler=None, eta=0.0, guidance_scale=3.5, **options
 def test_images_match_diffusers(pairs, noise, prediction_type, sampler, settings, eta, monkeypatch):
     reference, folder, pipe = pairs[prediction_type]
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    scheduler = getattr(diffusers, CLASS_NAMES[sampler]).from_config(config, **settings)
+    scheduler = getattr(diffusers, SAMPLERS.find(sampler).class_name).from_config(config, **settings)
     expected, drawn = torch_images(reference, scheduler, noise, eta, monkeypatch)
     assert (drawn > 0) == (sampler == "euler_ancestral" or eta > 0)
     if settings:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megjax.diffusion.samplers import (
+    SAMPLERS,
     alpha_bar,
     denoise,
     from_vp,
@@ -21,7 +22,7 @@ from megjax.diffusion.samplers import (
     step,
     to_vp,
 )
-from megjax.diffusion.scheduler_config import CLASS_NAMES, SAMPLERS, SchedulerConfig
+from megjax.diffusion.scheduler_config import SchedulerConfig
 from megjax.diffusion.schedules import alphas_cumprod, predict_epsilon, predict_x0
 from tests.diffusion.published import SD_15, SD_21
 
@@ -99,7 +100,7 @@ def lengthened(sampler, noise, num_steps=LONGEST):
     }
     if sampler.name == "pndm":
         added = ((0, 0), (0, num_steps - sampler.num_steps), (0, 0))
-        tables["start_weights"] = np.pad(sampler.start_weights, added)
+        tables["extra"] = {"start_weights": np.pad(sampler.extra["start_weights"], added)}
     return dataclasses.replace(sampler, num_steps=num_steps, **tables), extended(noise)
 
 
@@ -162,20 +163,20 @@ def check_settings(monkeypatch, name, rows):
         values = {"skip_prk_steps": True, "prediction_type": prediction, "timestep_spacing": spacing}
         values = SD | values | {"steps_offset": offset} | VARIANTS[name][variant]
         eta = values.pop("eta", 0.0)
-        config = SchedulerConfig.from_dict({"_class_name": CLASS_NAMES[name]} | values)
-        scheduler = getattr(diffusers, CLASS_NAMES[name]).from_config(values)
+        config = SchedulerConfig.from_dict({"_class_name": SAMPLERS.find(name).class_name} | values)
+        scheduler = getattr(diffusers, SAMPLERS.find(name).class_name).from_config(values)
         # One step from sigma = 4096: diffusers subtracts numbers of that size in float32, so it is off by 4096 * 2^-23.
         large = values.get("rescale_betas_zero_snr", False) and name.startswith("euler") and num_steps == 1
         check_parity(monkeypatch, config, scheduler, name, num_steps, eta, 6e-4 if large else 1e-4)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", SAMPLERS.names)
 def test_parity_with_diffusers(monkeypatch, name):
     check_settings(monkeypatch, name, pairwise(settings(name)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", SAMPLERS.names)
 def test_parity_with_diffusers_in_all_settings(monkeypatch, name):
     check_settings(monkeypatch, name, settings(name))
 
@@ -184,26 +185,26 @@ def test_parity_with_diffusers_in_all_settings(monkeypatch, name):
 @pytest.mark.parametrize("name", ["ddim", "dpm++"])
 def test_parity_of_rarer_configs(monkeypatch, name, values):
     values = {"clip_sample": False, "timestep_spacing": "trailing"} | values
-    config = SchedulerConfig.from_dict({"_class_name": CLASS_NAMES[name]} | values)
-    check_parity(monkeypatch, config, getattr(diffusers, CLASS_NAMES[name]).from_config(values), name, 10)
+    config = SchedulerConfig.from_dict({"_class_name": SAMPLERS.find(name).class_name} | values)
+    check_parity(monkeypatch, config, getattr(diffusers, SAMPLERS.find(name).class_name).from_config(values), name, 10)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", SAMPLERS.names)
 @pytest.mark.parametrize(
     "published", [SD_15, SD_21, SD_21 | {"_class_name": "PNDMScheduler"}], ids=["1.5", "2.1", "2.1p"]
 )
 def test_published_configs_with_every_sampler(monkeypatch, published, name):
     original = getattr(diffusers, published["_class_name"]).from_config(published)
-    scheduler = getattr(diffusers, CLASS_NAMES[name]).from_config(original.config)
+    scheduler = getattr(diffusers, SAMPLERS.find(name).class_name).from_config(original.config)
     check_parity(monkeypatch, SchedulerConfig.from_dict(published), scheduler, name, 25)
 
 
-@pytest.mark.parametrize(("name", "skip_prk_steps"), [(name, True) for name in SAMPLERS] + [("pndm", False)])
+@pytest.mark.parametrize(("name", "skip_prk_steps"), [(name, True) for name in SAMPLERS.names] + [("pndm", False)])
 def test_a_late_start_matches_image_to_image_of_diffusers(monkeypatch, name, skip_prk_steps):
     """PNDM repeats its second step wherever it starts, and takes its Runge-Kutta steps from the first timesteps."""
     values, num_steps = SD_15 | {"skip_prk_steps": skip_prk_steps}, 9
     sampler = make_sampler(SchedulerConfig.from_dict(values), name, num_steps)
-    scheduler = getattr(diffusers, CLASS_NAMES[name]).from_config(values)
+    scheduler = getattr(diffusers, SAMPLERS.find(name).class_name).from_config(values)
     x = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
     noise = np.random.default_rng(1).standard_normal((sampler.num_steps, *SHAPE), np.float32)
     start = 3
@@ -217,7 +218,7 @@ def sd_sampler(name, num_steps=12):
     return make_sampler(SchedulerConfig.from_dict(SD_15), name, num_steps, eta=0.5 if name == "ddim" else 0.0)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", SAMPLERS.names)
 def test_two_halves_equal_the_whole_and_the_loop(name):
     sampler = sd_sampler(name)
     num_steps = sampler.num_steps
@@ -246,7 +247,7 @@ def test_two_halves_equal_the_whole_and_the_loop(name):
     np.testing.assert_allclose(loop, whole, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", SAMPLERS.names)
 def test_a_restarted_solver_takes_a_first_order_step(name):
     sampler = make_sampler(SchedulerConfig.from_dict(SD_15), name, 12)
     noise = jnp.zeros((sampler.num_steps, *SHAPE))
@@ -275,7 +276,7 @@ def test_a_restarted_solver_takes_a_first_order_step(name):
     np.testing.assert_allclose(again, result, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "eta"), [(name, 0.0) for name in SAMPLERS] + [("ddim", 1.0)])
+@pytest.mark.parametrize(("name", "eta"), [(name, 0.0) for name in SAMPLERS.names] + [("ddim", 1.0)])
 def test_gaussian_data_closed_form(name, eta):
     """For data N(0, c^2), whose exact model is linear, the result has standard deviation c."""
     c, config = 0.3, SchedulerConfig.from_dict(SD_15 | {"timestep_spacing": "trailing", "set_alpha_to_one": True})
@@ -301,7 +302,7 @@ def test_gaussian_data_closed_form(name, eta):
     assert fine < 0.65 * coarse and fine < 0.035
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", SAMPLERS.names)
 def test_noise_levels(name):
     sampler = sd_sampler(name, 20)
     config = SchedulerConfig.from_dict(SD_15)
@@ -314,7 +315,7 @@ def test_noise_levels(name):
     np.testing.assert_allclose(to_vp(sampler, from_vp(sampler, x, 3), 3), x, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", SAMPLERS.names)
 def test_jit_gradient_and_dtype(name):
     traces = []
 

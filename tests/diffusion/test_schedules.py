@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from megjax.diffusion import scheduler_config
-from megjax.diffusion.scheduler_config import CLASS_NAMES, SAMPLERS, SchedulerConfig
+from megjax.diffusion.samplers import SAMPLERS
+from megjax.diffusion.scheduler_config import SchedulerConfig
 from megjax.diffusion.schedules import (
     add_noise,
     alphas_cumprod,
@@ -33,6 +34,7 @@ pytestmark = [
 ]
 
 SHAPE = (2, 3, 4)
+CLASS_NAMES = [method.class_name for method in SAMPLERS]
 # Classes of diffusers that have no sampler here.
 OTHERS = (
     "DDPMScheduler",
@@ -49,15 +51,15 @@ OTHERS = (
 )
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", SAMPLERS.names)
 def test_defaults_and_saved_files_are_those_of_diffusers(name):
-    reference = getattr(diffusers, CLASS_NAMES[name])
+    reference = getattr(diffusers, SAMPLERS.find(name).class_name)
     saved = json.loads(reference().to_json_string())
-    ours = SchedulerConfig.from_dict({"_class_name": CLASS_NAMES[name]}).for_sampler(name)
+    ours = SchedulerConfig.from_dict({"_class_name": SAMPLERS.find(name).class_name}).for_sampler(name)
     for field in saved.keys() & {field.name for field in dataclasses.fields(SchedulerConfig)}:
         assert getattr(ours, field) == saved[field], field
     for d in (saved, SD_15, SD_21 | {"use_karras_sigmas": True, "sigma_min": 0.1}):
-        config = SchedulerConfig.from_dict(d | {"_class_name": CLASS_NAMES[name]})
+        config = SchedulerConfig.from_dict(d | {"_class_name": SAMPLERS.find(name).class_name})
         written = json.loads(json.dumps(config.to_dict()))
         assert SchedulerConfig.from_dict(written) == config
         reopened, unused = reference.from_config(written, return_unused_kwargs=True)
@@ -98,12 +100,12 @@ def test_predictions_invert_the_forward_process():
         np.testing.assert_allclose(found, (clean, noise), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", SAMPLERS.names)
 def test_timesteps_for_every_number_of_steps(name):
     for spacing in ("leading", "trailing", "linspace"):
         values = {"timestep_spacing": spacing, "skip_prk_steps": True}
-        config = SchedulerConfig.from_dict({"_class_name": CLASS_NAMES[name]} | values).for_sampler(name)
-        scheduler = getattr(diffusers, CLASS_NAMES[name]).from_config(values)
+        config = SchedulerConfig.from_dict({"_class_name": SAMPLERS.find(name).class_name} | values).for_sampler(name)
+        scheduler = getattr(diffusers, SAMPLERS.find(name).class_name).from_config(values)
         for num_steps in (*range(1, 120), 250, 500):
             if spacing == "leading" and name == "dpm++" and num_steps > 499:
                 continue
@@ -115,14 +117,14 @@ def test_timesteps_for_every_number_of_steps(name):
             np.testing.assert_allclose(ours, expected[:num_steps], atol=1e-3)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", SAMPLERS.names)
 def test_each_class_reads_the_settings_of_its_own(name):
     """Its parameters in diffusers, and for DPM-Solver++ the ends of Karras sigmas that another class has left."""
-    parameters = set(inspect.signature(getattr(diffusers, CLASS_NAMES[name])).parameters)
+    parameters = set(inspect.signature(getattr(diffusers, SAMPLERS.find(name).class_name)).parameters)
     known = {field.name for field in dataclasses.fields(SchedulerConfig)} | parameters
     left = {"sigma_min", "sigma_max"} if name == "dpm++" else set()
     assert {key for key in known if scheduler_config.reads(name, key)} == parameters | left
-    assert set(scheduler_config.CLASS_KEYS[name]) < parameters
+    assert set(SAMPLERS.find(name).settings) < parameters
 
 
 @functools.cache
@@ -162,9 +164,9 @@ def test_every_sampler_reads_the_file_of_a_class_without_one_as_diffusers_does(s
     written = config.to_dict()
     lost = {key for key, value in saved.items() if key not in written or written[key] != value}
     assert {key for key in lost if key[0] != "_"} <= {"lambda_min_clipped"}  # whose default, -inf, is no JSON
-    for name in SAMPLERS:
+    for name in SAMPLERS.names:
         settings = {"final_sigmas_type": "sigma_min"} if source == "DEISMultistepScheduler" else {}
-        reference = getattr(diffusers, CLASS_NAMES[name]).from_config(saved | settings).config
+        reference = getattr(diffusers, SAMPLERS.find(name).class_name).from_config(saved | settings).config
         ours = dataclasses.replace(config, **settings).for_sampler(name)
         for field in dataclasses.fields(ours):
             if scheduler_config.reads(name, field.name) and field.name in reference:
@@ -173,14 +175,14 @@ def test_every_sampler_reads_the_file_of_a_class_without_one_as_diffusers_does(s
         config.for_sampler(config.sampler)
 
 
-@pytest.mark.parametrize("target", [*CLASS_NAMES.values(), *(n for n in OTHERS if "KDPM2" not in n)])
+@pytest.mark.parametrize("target", [*CLASS_NAMES, *(n for n in OTHERS if "KDPM2" not in n)])
 def test_swapped_schedulers_open(target):
     """From every class to every other, but for KDPM2's, which take diffusers half a second to build."""
-    for source in (*CLASS_NAMES.values(), *OTHERS):
+    for source in (*CLASS_NAMES, *OTHERS):
         if source != target and (saved := saved_swap(source, target)) is not None:
             config = opened(saved)
             assert config.class_name == target, source
-            assert (config.sampler in SAMPLERS) == (target in CLASS_NAMES.values())
+            assert (config.sampler in SAMPLERS) == (target in CLASS_NAMES)
 
 
 def test_a_class_whose_file_gives_no_noise_schedule_takes_the_defaults_with_a_warning():
@@ -195,7 +197,7 @@ def test_unknown_settings_are_ignored_with_a_warning():
     with pytest.warns(UserWarning, match="PNDMScheduler does not read are ignored: shift=3.0, timestep_values=None"):
         config = SchedulerConfig.from_dict(SD_15 | {"timestep_values": None, "shift": 3.0})
     plain = SchedulerConfig.from_dict(SD_15)
-    assert all(config.for_sampler(name) == plain.for_sampler(name) for name in SAMPLERS)
+    assert all(config.for_sampler(name) == plain.for_sampler(name) for name in SAMPLERS.names)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +245,7 @@ def test_unsupported_schedules_are_named(change):
 def test_unsupported_settings_are_named_by_the_samplers_that_read_them(samplers, change):
     (name, value), *_ = change.items()
     config, plain = (SchedulerConfig.from_dict(SD_15 | settings) for settings in (change, {}))
-    for sampler in SAMPLERS:
+    for sampler in SAMPLERS.names:
         if sampler in samplers:
             with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}")):
                 config.for_sampler(sampler)
@@ -252,6 +254,6 @@ def test_unsupported_settings_are_named_by_the_samplers_that_read_them(samplers,
 
 
 def test_zero_terminal_snr_counts_for_the_classes_that_read_it():
-    for name in SAMPLERS:
-        values = {"_class_name": CLASS_NAMES[name], "rescale_betas_zero_snr": True}
+    for name in SAMPLERS.names:
+        values = {"_class_name": SAMPLERS.find(name).class_name, "rescale_betas_zero_snr": True}
         assert (alphas_cumprod(SchedulerConfig.from_dict(values))[-1] == 0) == (name != "pndm")
