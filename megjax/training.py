@@ -17,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, PyTree
 from tqdm import tqdm
 
-from megjax.configs import read_json, require, write_json, write_text
+from megjax.configs import read_json, require, write_json
+from megjax.files import write_text
 from megjax.keys import from_seed
 from megjax.precision import promoting
 from megjax.processes import gather

@@ -14,13 +14,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from tqdm import tqdm
 
-from megjax.configs import in_one_step, require
+from megjax.configs import require
 from megjax.data import scenes
 from megjax.diffusion.pipeline import StableDiffusion
+from megjax.files import read_safetensors, read_safetensors_metadata, write_safetensors
 from megjax.keys import from_seed
 from megjax.processes import gather, is_first, joint, num_processes, process_id, wait_for_file
 
@@ -239,11 +238,7 @@ def load(folder: Path) -> Float[np.ndarray, "n h w c"]:
 
 def read_identity(path: Path) -> dict[str, str]:
     """What a shard was made with; ValueError if the file is damaged or is not a shard of latents."""
-    try:
-        with safe_open(path, framework="np") as file:
-            found = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to make it anew") from None
+    found = _read(read_safetensors_metadata, path)
     written = found.pop("format", None)
     require(written == FORMAT, f"{path}: format", written, repr(FORMAT))
     return found
@@ -251,22 +246,26 @@ def read_identity(path: Path) -> dict[str, str]:
 
 def read_shard(path: Path) -> Float[np.ndarray, "b h w c"]:
     """The latents of one shard; ValueError if it is damaged, is not float32 [b h w c], or is not finite."""
-    try:
-        with safe_open(path, framework="np") as file:
-            latents = file.get_tensor("latents")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to make it anew") from None
+    arrays = _read(read_safetensors, path)
+    require("latents" in arrays, f"{path}: arrays", sorted(arrays), "latents")
+    latents = arrays["latents"]
     require(latents.ndim == 4, f"{path}: shape", latents.shape, "[b h w c]")
     require(latents.dtype == np.float32, f"{path}: dtype", latents.dtype.name, "float32")
     _check_finite(latents, path)
     return latents
 
 
+def _read(reader: Callable[[Path], dict], path: Path) -> dict:
+    try:
+        return reader(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it to make it anew") from None
+
+
 def write_shard(path: Path, latents: Float[np.ndarray, "b h w c"], identity: dict[str, str]) -> None:
     """Write one shard in one step; ValueError if that fails."""
     try:
-        with in_one_step(path) as part:
-            part.write_bytes(save({"latents": latents}, metadata={"format": FORMAT, **identity}))
+        write_safetensors(path, {"latents": latents}, {"format": FORMAT, **identity})
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
 
