@@ -13,6 +13,7 @@ import pandas as pd
 import tyro
 from rich.table import Table
 
+from eval import markdown
 from eval.measure import ROOT, ceilings, console, environment, num_cores
 from eval.stages import (
     channel,
@@ -29,7 +30,8 @@ from eval.stages import (
     summary,
     system,
 )
-from megjax.configs import read_json, require, require_positive_integers, write_json, write_text
+from megjax.configs import read_json, require, require_positive_integers, write_json
+from megjax.files import write_text
 from megjax.runtime import command, use_cpu_devices
 
 HEADER = """# Benchmarks
@@ -299,9 +301,8 @@ def write_tables(folder: Path, path: Path) -> None:
         parts.append(f"Commit {result['commit']}, Python {result['python']}, {versions}.\n")
         parts += [ceiling] if (ceiling := ceilings_line(result.get("ceilings"))) else []
         for case, batch, group in groups(result):
-            lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
-            lines += ["| " + " | ".join(line(row)) + " |" for row in group.itertuples()]
-            parts.append(f"**{title(case, batch)}**\n\n" + "\n".join(lines) + "\n")
+            lines = markdown.table(columns, (line(row) for row in group.itertuples()))
+            parts.append(f"**{title(case, batch)}**\n\n{lines}")
         parts += [f"{name}: not installed where this was measured.\n" for name in result["missing_peers"]]
         parts += [f"{note}\n" for note in result.get("notes", [])]
     write_text(path, "\n".join(parts))
