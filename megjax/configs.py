@@ -32,9 +32,10 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def require_count(name: str, value: Any, smallest: int = 1) -> int:
-    """`value` as a Python integer; ValueError unless it is an integer of Python or NumPy of at least `smallest`."""
-    require(is_integer(value) and value >= smallest, name, value, f"an integer of at least {smallest}")
+def require_count(name: str, value: Any, smallest: int = 1, largest: int | None = None) -> int:
+    """`value` as a Python integer; ValueError unless it is an integer of Python or NumPy within these bounds."""
+    allowed = f"an integer of at least {smallest}" + ("" if largest is None else f" and at most {largest}")
+    require(is_integer(value) and value >= smallest and (largest is None or value <= largest), name, value, allowed)
     return int(value)
 
 
@@ -96,13 +97,17 @@ def from_mapping(
 
 
 def require_positive_integers(config: Any, source: str, names: Collection[str]) -> None:
-    """ValueError unless each of these settings, or each item of it, is an integer of at least 1."""
+    """ValueError unless each of these settings, or each item of it, is an integer of at least 1.
+
+    NumPy's integers become Python's, which JSON has.
+    """
     for name in names:
         value = getattr(config, name)
         items = value if isinstance(value, tuple) else (value,)
-        valid = bool(items) and all(isinstance(item, int) and not isinstance(item, bool) and item > 0 for item in items)
+        valid = bool(items) and all(is_integer(item) and item > 0 for item in items)
         kind = "a tuple of positive integers" if isinstance(value, tuple) else "a positive integer"
         require(valid, f"{source}: {name}", value, kind)
+        object.__setattr__(config, name, tuple(map(int, items)) if isinstance(value, tuple) else int(value))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,15 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Key
 from tqdm import tqdm
 
-from megjax.channel.parameters import check_count
 from megjax.channel.random import fold_in_each
 from megjax.channel.reductions import Moments, Reduction
+from megjax.configs import require_count
 from megjax.files import read_safetensors, read_safetensors_metadata, write_safetensors
 from megjax.keys import threefry
+from megjax.sharding import mesh_of
 
 _LIMIT = 2**32 - 1
 _SAVE_EVERY_S = 10.0
@@ -113,8 +114,8 @@ def _merge(reduction: Reduction, total: Any, parts: Any, num_devices: int) -> An
 
 def _check(key: Any, fn: Any, num: Any, chunk: Any, args: Any, reduction: Any) -> None:
     """ValueError for arguments of `rollout` that cannot work."""
-    check_count("num", num)
-    check_count("chunk", chunk)
+    require_count("num", num)
+    require_count("chunk", chunk)
     if num > _LIMIT:
         raise ValueError(f"num is {num}; it must be at most 2^32 - 1 = {_LIMIT}")
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((key, args))):
@@ -146,7 +147,7 @@ def _compiled_step(fn: Callable, reduction: Reduction, share: int, devices: tupl
 
 def _make_step(fn: Callable[..., Any], reduction: Reduction, share: int, devices: tuple) -> Callable[..., Any]:
     """jit of (key, first index, num, args) -> the parts of one chunk, stacked over devices on the first axis."""
-    mesh = Mesh(np.array(devices), ("data",))
+    mesh = mesh_of(devices)
 
     def part(key, start, num, args):
         offset = jnp.uint32(jax.lax.axis_index("data")) * np.uint32(share)
