@@ -1,5 +1,6 @@
 """Files that appear in one step: whole for every reader, however many processes write them, and gone after an error."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 
 from megjax.configs import read_json, write_json
 from megjax.files import in_one_step, read_safetensors, read_safetensors_metadata, write_safetensors
+from megjax.metrics.scenenet import SceneNetConfig
 from megjax.tables import read_parquet, write_parquet
 
 
@@ -113,3 +115,11 @@ def test_what_is_no_safetensors_file_is_named(tmp_path, content):
         with pytest.raises(ValueError, match=reason) as error:
             reader(path)
         assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_counts_of_numpy_are_pythons_in_a_configuration(tmp_path, unchecked):
+    config = SceneNetConfig(image_size=np.int64(32), num_classes=(*map(np.int32, (4, 3, 4)),))
+    write_json(tmp_path / "config.json", dataclasses.asdict(config))
+    assert config == SceneNetConfig(image_size=32, num_classes=(4, 3, 4)) and type(config.image_size) is int
+    with pytest.raises(ValueError, match="scenenet: image_size is True; it must be a positive integer"):
+        SceneNetConfig(image_size=True)
