@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import tyro
 from jax.sharding import Mesh
 from rich.table import Table
@@ -23,7 +22,7 @@ from megjax import hlo
 from megjax.configs import read_json, require, require_positive_integers, write_json
 from megjax.cost import cost_of_compiled, roofline
 from megjax.runtime import command
-from megjax.sharding import AXES
+from megjax.sharding import AXES, mesh_of
 from megjax.tpu import TpuConfig
 
 GIB = 2**30
@@ -97,7 +96,7 @@ def latency_mesh(args: Arguments, config: TpuConfig) -> Mesh:
     data, tensor = args.latency_mesh
     devices = config.devices()
     require(1 <= data * tensor <= len(devices), "--latency-mesh", args.latency_mesh, f"at most {len(devices)} devices")
-    return Mesh(np.array(devices[: data * tensor]).reshape(data, 1, tensor), AXES)
+    return mesh_of(devices[: data * tensor], dict(zip(AXES, (data, 1, tensor), strict=True)))
 
 
 def measure(

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 import tyro
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -24,7 +23,7 @@ from megjax import hlo
 from megjax.configs import read_json, require, write_json
 from megjax.cost import find_chip
 from megjax.runtime import command
-from megjax.sharding import AXES
+from megjax.sharding import AXES, mesh_of
 from megjax.tpu import TpuConfig
 
 JOBS = ("power-scenes", "codec-sd15", "sweep-sd15", "generate-sd15", "ldm-sd15")
@@ -87,7 +86,7 @@ def gpu_mesh() -> Mesh:
     """A mesh of one H200 to compile for."""
     os.environ["PJRT_NAMES_AND_LIBRARY_PATHS"] = f"cuda:{find_plugin()}"
     described = topologies.get_topology_desc("h200", "cuda", topology="1x1x1", target_config=H200)
-    return Mesh(np.array(described.devices[:1]).reshape(1, 1, 1), AXES)
+    return mesh_of(described.devices[:1], dict.fromkeys(AXES, 1))
 
 
 def compile_job(name: str, mesh: Mesh) -> dict:

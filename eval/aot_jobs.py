@@ -279,8 +279,9 @@ class Jobs:
             config = getattr(self.configs, name)
             graphs[name], shapes = nnx.split(nnx.eval_shape(lambda b=build, c=config: b(c, rngs=ShapeRngs())))
             if name in names:
-                place = lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=self.everywhere)  # noqa: E731
-                params[name] = jax.tree.map(place, shapes)
+                params[name] = jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=self.everywhere), shapes
+                )
         return Graphs(**graphs, scaling_factor=self.configs.vae.scaling_factor), params
 
     def _codec_network(self) -> SeedNetwork:

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from megjax.configs import read_json, write_text
+from eval.markdown import table
+from megjax.configs import read_json
+from megjax.files import write_text
 
 GIB = 2**30
 JOB_ORDER = ("generate", "latency", "ldm", "sweep", "codec", "power")
@@ -33,11 +35,8 @@ ACCOUNTING = 4
 """Version of how operations and bytes are counted (`megjax.hlo`); results of another are made again."""
 BEFORE, GPU = "other/before.json", "other/gpu.json"
 """Files, in the folder of results, with those of an earlier version and those of `eval.aot_gpu`."""
-HEADER = (
-    "| job | model | topology | per call | arguments | temporaries | code | HBM | TFLOP | GB | sent "
-    "| bound | time | at most |\n"
-    "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: |\n"
-)
+COLUMNS = ("job", "model", "topology", "per call", "arguments", "temporaries", "code", "HBM", "TFLOP", "GB", "sent")
+COLUMNS += ("bound", "time", "at most")
 
 
 def write(folder: Path, path: Path) -> None:
@@ -56,7 +55,7 @@ def write(folder: Path, path: Path) -> None:
         body += "`make aot` makes them again.\n"
     for model, name in MODEL_NAMES.items():
         rows = [row(r) for r in results if r["model"] == model]
-        body += f"\n## {name}\n\n{HEADER}{''.join(rows)}" if rows else ""
+        body += f"\n## {name}\n\n" + table(COLUMNS, rows, "lllrrrrrrrrlrr") if rows else ""
     earlier, gpu = folder / BEFORE, folder / GPU
     body += latency_table(latency) + weak_scaling(results) + effort_table(found, quick) + causes_table(results)
     body += gpu_table(read_json(gpu)) if gpu.is_file() else ""
@@ -76,11 +75,9 @@ def causes_table(results: list[dict[str, Any]]) -> str:
         "The five JAX operations whose instructions move most bytes to and from HBM, on the smallest topology of each\n"
         "generation. A fusion counts as the operation that it ends in; `copy` stands for copies, transpositions and\n"
         "reshapes, most of which XLA adds for another layout or memory, `pallas_call` for attention's kernels.\n\n"
-        "| job | model | chip | GB | of which |\n| --- | --- | --- | ---: | --- |\n"
     )
-    for (job, model, chip), r in smallest.items():
-        body += f"| {job} | {model} | {chip} | {r['bytes_accessed'] / 1e9:.3g} | {_shares(r)} |\n"
-    return body
+    rows = [(*key, f"{r['bytes_accessed'] / 1e9:.3g}", _shares(r)) for key, r in smallest.items()]
+    return body + table(("job", "model", "chip", "GB", "of which"), rows, "lllrl")
 
 
 def gpu_table(results: dict[str, dict[str, Any]]) -> str:
@@ -89,11 +86,9 @@ def gpu_table(results: dict[str, dict[str, Any]]) -> str:
         "\n## What moves the bytes on a GPU\n\n"
         "Compiled for one NVIDIA H200 without one, by `make aot-gpu`, hence with kernels chosen untimed. Products are\n"
         "XLA's own or cuBLAS's; a call of a library counts with its operands and results.\n\n"
-        "| job | model | per call | products | temporaries | GB | at peak bandwidth | of which |\n"
-        "| --- | --- | ---: | --- | ---: | ---: | ---: | --- |\n"
     )
-    for r in results.values():
-        cells = (
+    rows = [
+        (
             r["job"],
             r["model"],
             f"{r['items']:,} {r['unit']}",
@@ -103,8 +98,10 @@ def gpu_table(results: dict[str, dict[str, Any]]) -> str:
             f"{1e3 * r['memory_seconds']:.3g} ms",
             _shares(r),
         )
-        body += "| " + " | ".join(cells) + " |\n"
-    return body
+        for r in results.values()
+    ]
+    header = ("job", "model", "per call", "products", "temporaries", "GB", "at peak bandwidth", "of which")
+    return body + table(header, rows, "llrlrrrl")
 
 
 def _shares(r: dict[str, Any]) -> str:
@@ -122,16 +119,18 @@ def before_table(before: dict[str, Any], results: list[dict[str, Any]]) -> str:
         f"\n## Before and after\n\nBefore is commit {before['commit']}: XLA's own attention, whole batches decoded at\n"
         "once, bytes by XLA's count, which takes in the chip's own memory. Batches are per device; the last columns\n"
         "are the time bound for each item and what binds.\n\n"
-        "| job | model | topology | batch | now | temporaries, GiB | now | HBM | now | MB an item | now | time an item "
-        "| now |\n| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
     )
+    rows = []
     for r in results:
         key = [r[name] for name in ("job", "model", "topology")]
         for old in before["results"]:
             if [old[name] for name in ("job", "model", "topology")] == key:
                 pairs = zip(_per_item(old), _per_item(r), strict=True)
-                body += "| " + " | ".join([*key, *(cell for pair in pairs for cell in pair)]) + " |\n"
-    return body
+                rows.append([*key, *(cell for pair in pairs for cell in pair)])
+    header = ["job", "model", "topology"]
+    for name in ("batch", "temporaries, GiB", "HBM", "MB an item", "time an item"):
+        header += [name, "now"]
+    return body + table(header, rows, "lll" + "r" * 10)
 
 
 def _per_item(r: dict[str, Any]) -> tuple[str, ...]:
@@ -147,13 +146,13 @@ def _per_item(r: dict[str, Any]) -> tuple[str, ...]:
 
 def collectives(results: list[dict[str, Any]]) -> str:
     """Kind, number and size of the collectives of every program that has any."""
-    body = "\n## Collectives\n\nPer device and call, by kind.\n\n| job | model | topology | kind | number | MB |\n"
-    body += "| --- | --- | --- | --- | ---: | ---: |\n"
-    for r in results:
-        for c in r["collectives"]:
-            kind = f"| {r['job']} | {r['model']} | {r['topology']} | {c['kind']} |"
-            body += f"{kind} {c['count']} | {c['bytes'] / 1e6:,.1f} |\n"
-    return body
+    rows = [
+        (r["job"], r["model"], r["topology"], c["kind"], str(c["count"]), f"{c['bytes'] / 1e6:,.1f}")
+        for r in results
+        for c in r["collectives"]
+    ]
+    header = ("job", "model", "topology", "kind", "number", "MB")
+    return "\n## Collectives\n\nPer device and call, by kind.\n\n" + table(header, rows, "llllrr")
 
 
 def latency_table(results: list[dict[str, Any]]) -> str:
@@ -165,28 +164,29 @@ def latency_table(results: list[dict[str, Any]]) -> str:
         "Job `latency`: one prompt, Stable Diffusion 1.5, 512x512, 25 guided steps. The pair of latents of guidance\n"
         "is split over `data`, heads and hidden channels over `tensor`. The time is the larger of compute and memory,\n"
         "and then the collectives, as though nothing overlapped; latency of collectives is not in it.\n\n"
-        "| topology | devices | data | tensor | parameters, GiB | collectives | sent | exchange | time | speed-up |\n"
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
     )
+    header = ("topology", "devices", "data", "tensor", "parameters, GiB", "collectives", "sent", "exchange", "time")
+    rows = []
     results = sorted(results, key=lambda r: (r["topology"], r["devices"], r["mesh"]["tensor"]))
     for r in results:
         alone = next((x for x in results if x["topology"] == r["topology"] and x["devices"] == 1), None)
         number = sum(c["count"] for c in r["collectives"])
         sent = sum(c["sent"] for c in r["collectives"])
-        cells = (
-            r["topology"],
-            str(r["devices"]),
-            str(r["mesh"]["data"]),
-            str(r["mesh"]["tensor"]),
-            f"{r['memory']['arguments'] / GIB:.2f}",
-            f"{number:,}",
-            f"{sent / 1e6:,.0f} MB",
-            f"{1e3 * r['roofline_seconds']['interconnect']:.0f} ms",
-            f"{1e3 * _serial(r):.0f} ms",
-            f"{_serial(alone) / _serial(r):.1f}" if alone else "-",
+        rows.append(
+            (
+                r["topology"],
+                str(r["devices"]),
+                str(r["mesh"]["data"]),
+                str(r["mesh"]["tensor"]),
+                f"{r['memory']['arguments'] / GIB:.2f}",
+                f"{number:,}",
+                f"{sent / 1e6:,.0f} MB",
+                f"{1e3 * r['roofline_seconds']['interconnect']:.0f} ms",
+                f"{1e3 * _serial(r):.0f} ms",
+                f"{_serial(alone) / _serial(r):.1f}" if alone else "-",
+            )
         )
-        body += "| " + " | ".join(cells) + " |\n"
-    return body
+    return body + table((*header, "speed-up"), rows)
 
 
 def _serial(r: dict[str, Any]) -> float:
@@ -196,7 +196,7 @@ def _serial(r: dict[str, Any]) -> float:
 
 def effort_table(found: list[dict[str, Any]], quick: list[dict[str, Any]]) -> str:
     """Programs compiled with another effort beside those of the least; nothing where there are none."""
-    lines = ""
+    rows = []
     for r in found:
         if r["identity"]["effort"] == -1:
             continue
@@ -205,24 +205,25 @@ def effort_table(found: list[dict[str, Any]], quick: list[dict[str, Any]]) -> st
             continue
         for x in (same[0], r):
             memory = x["memory"]
-            cells = (
-                x["job"],
-                x["model"],
-                x["topology"],
-                f"{x['identity']['effort']:g}",
-                f"{memory['temporaries'] / GIB:.2f} GiB",
-                f"{memory['code'] / 2**20:.0f} MiB",
-                f"{memory['total'] / memory['hbm']:.0%}",
-                f"{x['bytes_accessed'] / 1e9:.3g}",
-                f"{1e3 * max(x['roofline_seconds'].values()):.3g} ms",
-                f"{x['compile_seconds']:.0f} s",
+            rows.append(
+                (
+                    x["job"],
+                    x["model"],
+                    x["topology"],
+                    f"{x['identity']['effort']:g}",
+                    f"{memory['temporaries'] / GIB:.2f} GiB",
+                    f"{memory['code'] / 2**20:.0f} MiB",
+                    f"{memory['total'] / memory['hbm']:.0%}",
+                    f"{x['bytes_accessed'] / 1e9:.3g}",
+                    f"{1e3 * max(x['roofline_seconds'].values()):.3g} ms",
+                    f"{x['compile_seconds']:.0f} s",
+                )
             )
-            lines += "| " + " | ".join(cells) + " |\n"
-    if not lines:
+    if not rows:
         return ""
     head = "\n## With XLA's own effort\n\nEffort 0 is what runs use. Compile times are of one machine.\n\n"
-    head += "| job | model | topology | effort | temporaries | code | HBM | GB | time | compiled in |\n"
-    return head + "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n" + lines
+    header = ("job", "model", "topology", "effort", "temporaries", "code", "HBM", "GB", "time", "compiled in")
+    return head + table(header, rows, "lll" + "r" * 7)
 
 
 def weak_scaling(results: list[dict[str, Any]]) -> str:
@@ -230,7 +231,7 @@ def weak_scaling(results: list[dict[str, Any]]) -> str:
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for r in results:
         groups.setdefault((r["job"], r["model"], r["topology"].split(":")[0], r["batch"]), []).append(r)
-    lines = []
+    rows = []
     for (job, model, chip, _), group in groups.items():
         group = sorted(group, key=lambda r: r["devices"])
         if len(group) < 2:
@@ -240,22 +241,21 @@ def weak_scaling(results: list[dict[str, Any]]) -> str:
             first, time = (max(x["roofline_seconds"].values()) for x in (group[0], r))
             efficiency = f"{first / time:.0%}"
             cells = (job, model, chip, str(r["devices"]), f"{sent / 1e6:,.3g} MB", f"{1e3 * time:.3g} ms", efficiency)
-            lines.append("| " + " | ".join(cells) + " |\n")
-    if not lines:
+            rows.append(cells)
+    if not rows:
         return ""
     head = (
         "\n## Weak scaling\n\nThe batch of a device stays, the number of devices grows. The last column is the time\n"
     )
     head += "bound with the fewest devices over that with these; latency of collectives is not in it.\n\n"
-    head += "| job | model | chip | devices | sent by a device | time | efficiency |\n"
-    return head + "| --- | --- | --- | ---: | ---: | ---: | ---: |\n" + "".join(lines)
+    return head + table(("job", "model", "chip", "devices", "sent by a device", "time", "efficiency"), rows, "lllrrrr")
 
 
-def row(r: dict[str, Any]) -> str:
-    """One line of the table."""
+def row(r: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of one line of the table."""
     memory, seconds = r["memory"], max(r["roofline_seconds"].values())
     sent = sum(c["sent"] for c in r["collectives"])
-    cells = (
+    return (
         r["job"],
         r["model"],
         r["topology"],
@@ -271,7 +271,6 @@ def row(r: dict[str, Any]) -> str:
         f"{1e3 * seconds:.3g} ms",
         f"{r['items_per_second']:,.4g} / s",
     )
-    return "| " + " | ".join(cells) + " |\n"
 
 
 def _order(r: dict[str, Any]) -> tuple:

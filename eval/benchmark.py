@@ -5,31 +5,19 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pandas as pd
 import tyro
 from rich.table import Table
 
+from eval import markdown
 from eval.measure import ROOT, ceilings, console, environment, num_cores
-from eval.stages import (
-    channel,
-    codec,
-    diffusion,
-    guidance,
-    image,
-    layer_choices,
-    limits,
-    power,
-    profile,
-    scaling,
-    startup,
-    summary,
-    system,
-)
-from megjax.configs import read_json, require, require_positive_integers, write_json, write_text
+from eval.stages import STAGES, summary
+from megjax.configs import read_json, require, require_positive_integers, write_json
+from megjax.files import write_text
 from megjax.runtime import command, use_cpu_devices
 
 HEADER = """# Benchmarks
@@ -79,33 +67,16 @@ the PyTorch link has the same weights. The loop calls the compiled program once 
 """
 
 
+STAGE_HELP = ", ".join(f'"{stage.name}" ({stage.title})' for stage in STAGES)
+STAGE_HELP += """, "all" of them one after the other, or "tables": docs/benchmarks.md from the files under benchmarks/,
+or the same page of another --folder, in it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """Options of `eval.benchmark`: stages to measure, their sizes, and the folder of the results."""
 
-    stage: tyro.conf.Positional[
-        Literal[
-            "all",
-            "channel",
-            "codec",
-            "diffusion",
-            "guidance",
-            "image",
-            "layers",
-            "limits",
-            "power",
-            "profile",
-            "scaling",
-            "startup",
-            "system",
-            "tables",
-        ]
-    ]
-    """"channel", "codec" (training of the seed codec), "diffusion" (the U-Net), "guidance" (in an interval of steps),
-    "image" (from token ids to pixels), "layers" (ways to compute them), "limits" (operations and bytes a second next
-    to the machine's), "power" (rollouts and PPO), "profile" (the largest costs), "scaling" (with batch, size and
-    steps), "startup" (to the first image), "system" (images received a second), "all" of them one after the other, or
-    "tables": docs/benchmarks.md from the files under benchmarks/, or the same page of another --folder, in it."""
+    stage: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="STAGE", help=STAGE_HELP)]]
     batches: tuple[int, ...] = (4_096, 65_536)
     """Realisations at a time; TDL and the ways to draw Gaussian numbers run at the smallest only. Rollouts of power."""
     preset: Literal["scenes", "tiny"] = "scenes"
@@ -150,50 +121,25 @@ class Arguments:
     """Folder of the JSON files."""
 
 
-def stages(
-    args: Arguments, machine: dict[str, float] | None = None
-) -> dict[str, Callable[[], tuple[list[dict], list[str], list[str]]]]:
-    """Stage -> its rows, missing peers and notes, in the order of "all"; `machine` are its ceilings."""
-    sizes = args.images, args.realisations, args.receptions
-    few, which = (args.rounds, args.peers), (args.torch_compile, args.ours)
-    return {
-        "channel": lambda: channel.run(args.batches, *few, args.gaussians),
-        "codec": lambda: codec.run(args.preset, args.steps, *few, *which),
-        "power": lambda: power.run(args.batches, args.envs, args.gap_updates, *few),
-        "layers": lambda: layer_choices.run(2, args.rounds),
-        "diffusion": lambda: diffusion.run(args.model, args.unet_batches, *few, *which),
-        "image": lambda: image.run(args.model, args.image_batches, args.image_steps, *few, *which, args.image_calls),
-        "system": lambda: system.run(*sizes, *few, *which),
-        "guidance": lambda: guidance.run(args.captions, args.rounds),
-        "scaling": lambda: scaling.run(args.rounds, args.model != "scenes"),
-        "startup": lambda: startup.run(args.rounds),
-        "limits": lambda: limits.run(machine or {}),
-        "profile": profile.run,
-    }
-
-
 def run(args: Arguments) -> None:
     """Measure, print, save; ValueError on bad arguments, before any work."""
     sizes = ("batches", "rounds", "steps", "envs", "unet_batches", "images", "realisations", "receptions")
     require_positive_integers(args, "arguments", (*sizes, "image_steps", "image_batches", "captions"))
-    require(args.gap_updates >= 0, "--gap-updates", args.gap_updates, "0 or more")
-    fewest = 1 if args.stage == "image" else 3
-    require(args.rounds >= fewest, "--rounds", args.rounds, f"{fewest} or more")
-    fits = all(num % power.SHAPE["minibatches"] == 0 for num in args.envs)
-    require(fits, "--envs", args.envs, f"multiples of {power.SHAPE['minibatches']}, the minibatches")
-    require(args.image_calls >= 0, "--image-calls", args.image_calls, "0 or more")
-    require(args.ceilings or args.stage != "limits", "--no-ceilings", "given", "left out: stage limits needs them")
-    require(args.captions % guidance.BATCH == 0, "--captions", args.captions, f"a multiple of {guidance.BATCH}")
     if args.stage == "tables":
         default = args.folder.resolve() == ROOT / "benchmarks"
         write_tables(args.folder, ROOT / "docs" / "benchmarks.md" if default else args.folder / "benchmarks.md")
         return
+    stage = STAGES.find(args.stage, "stage")
+    require(args.rounds >= stage.fewest_rounds, "--rounds", args.rounds, f"{stage.fewest_rounds} or more")
+    required = args.ceilings or not stage.needs_ceilings
+    require(required, "--no-ceilings", "given", f"left out: stage {stage.name} needs them")
+    stage.check(args)
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--folder {str(args.folder)!r} cannot be made: {error.strerror}") from None
     about = {**environment(), "stage": args.stage, "ceilings": ceilings() if args.ceilings else None}
-    rows, missing, notes = stages(args, about["ceilings"])[args.stage]()
+    rows, missing, notes = stage.run(args, about["ceilings"] or {})
     result = {**about, "rows": rows, "missing_peers": missing, "notes": notes}
     path = args.folder / f"{args.stage}-{slug(about['device'])}.json"
     write_json(path, result)
@@ -204,7 +150,7 @@ def run(args: Arguments) -> None:
 def run_all(args: Arguments, words: list[str]) -> None:
     """Every stage in a process of its own, whose settings of JAX differ; one that fails does not stop the others."""
     failed = []
-    for stage in stages(args):
+    for stage in STAGES.names:
         print(f"stage {stage}", flush=True)
         if subprocess.run([sys.executable, "-m", "eval.benchmark", stage, *words]).returncode:
             failed.append(stage)
@@ -216,47 +162,16 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def cells(row) -> list[str]:
-    """One line of a table: implementation, rate with quartiles, first call, bytes written, share of a copy."""
-    low, high = row.per_second_quartiles
-    return [
-        row.implementation,
-        f"{row.per_second / 1e3:,.1f} [{low / 1e3:,.1f}, {high / 1e3:,.1f}]",
-        f"{row.first_call_s:.2f}",
-        f"{row.bytes_written_per_second / 1e9:.2f}",
-        f"{100 * row.share_of_copy:.0f} %",
-    ]
-
-
-COLUMNS = ["implementation", "thousand realisations/s", "first call (s)", "GB/s written", "of copy"]
-LAYOUTS = {"channel": (COLUMNS, cells)} | {
-    name: (stage.COLUMNS, stage.cells)
-    for name, stage in {
-        "codec": codec,
-        "diffusion": diffusion,
-        "guidance": guidance,
-        "image": image,
-        "layers": layer_choices,
-        "limits": limits,
-        "power": power,
-        "profile": profile,
-        "scaling": scaling,
-        "startup": startup,
-        "system": system,
-    }.items()
-}
-
-
 def show(result: dict) -> None:
     """Print one table per case and batch."""
     screen = console()
-    columns, line = LAYOUTS[result["stage"]]
+    stage = STAGES.find(result["stage"])
     for case, batch, group in groups(result):
         table = Table(title=title(case, batch), title_justify="left")
-        for column in columns:
-            table.add_column(column, no_wrap=column == columns[0])
+        for column in stage.columns:
+            table.add_column(column, no_wrap=column == stage.columns[0])
         for row in group.itertuples():
-            table.add_row(*line(row))
+            table.add_row(*stage.cells(row))
         screen.print(table)
     for name in result["missing_peers"]:
         screen.print(f"{name}: not installed; `make peers` installs it")
@@ -293,15 +208,14 @@ def write_tables(folder: Path, path: Path) -> None:
     if found := summary.table(results):
         parts.append(f"## Next to others\n\n{found}")
     for result in results:
-        columns, line = LAYOUTS[result["stage"]]
+        stage = STAGES.find(result["stage"])
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         parts.append(f"## {result['stage']}: {result['device']}, {result['cpu_cores']} cores\n")
         parts.append(f"Commit {result['commit']}, Python {result['python']}, {versions}.\n")
         parts += [ceiling] if (ceiling := ceilings_line(result.get("ceilings"))) else []
         for case, batch, group in groups(result):
-            lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
-            lines += ["| " + " | ".join(line(row)) + " |" for row in group.itertuples()]
-            parts.append(f"**{title(case, batch)}**\n\n" + "\n".join(lines) + "\n")
+            lines = markdown.table(stage.columns, (stage.cells(row) for row in group.itertuples()))
+            parts.append(f"**{title(case, batch)}**\n\n{lines}")
         parts += [f"{name}: not installed where this was measured.\n" for name in result["missing_peers"]]
         parts += [f"{note}\n" for note in result.get("notes", [])]
     write_text(path, "\n".join(parts))
@@ -316,8 +230,8 @@ def main() -> None:
         if args.stage == "all":
             run_all(args, [word for word in sys.argv[1:] if word != "all"])
             return
-        if args.stage == "system":
-            use_cpu_devices(num_cores())  # as eval.sweep does
+        if args.stage in STAGES and STAGES.find(args.stage).splits_cpu:
+            use_cpu_devices(num_cores())
         run(args)
 
     command("eval.benchmark", body)

@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 
 from eval.codec_points import FADINGS
-from megjax.configs import in_one_step, write_text
+from eval.markdown import interval, table
+from eval.plots import line_with_bars, panels, save
+from megjax.files import write_text
 from megjax.tables import write_parquet
 from megjax.units import linear_to_db
 
@@ -164,45 +166,39 @@ def markdown(frames: dict[str, pd.DataFrame]) -> str:
             shown = plain.dropna(subset=value)
             widest = ((shown[f"{value}_high"] - shown[f"{value}_low"]) / 2).max()
             lines += [f"{unit}, {title}, equal energy, n = {num}, 95 % intervals within +-{widest:.2f}:", ""]
-            lines += _grid({_label(row): None for row in shown.itertuples()}, shown, value)
+            lines += [_grid({_label(row): None for row in shown.itertuples()}, shown, value)]
     variants = results[results.scheme == "seed"]
     names = {f"{r.fading}, r = {r.rate:g}, {r.mapping}, {r.power} power": None for r in variants.itertuples()}
     lines += [f"Latent NMSE (dB) of the seed by mapping and power, equal energy, n = {num}:", ""]
     label = [f"{r.fading}, r = {r.rate:g}, {r.mapping}, {r.power} power" for r in variants.itertuples()]
-    lines += _grid(names, variants.assign(label=label), "nmse_db")
+    lines += [_grid(names, variants.assign(label=label), "nmse_db")]
     lines += _gains(frames["comparisons"], num)
     if len(frames["gap"]):
         gap = frames["gap"].query("mode == 'equal_energy'")
         lines += [f"Share of the NMSE gap from KLT to Gaussian OPTA closed, AWGN, equal energy, n = {num}:", ""]
-        lines += _header(["rate", "SNR (dB)", "gap (dB)", "closed", "95 % interval"])
+        rows = []
         for r in gap.itertuples():
             closed, low, high = (f"{100 * x:.0f} %" for x in (r.share, r.share_low, r.share_high))
-            lines.append(f"| {r.rate:g} | {r.snr_db:g} | {r.gap_db:.2f} | {closed} | {low} to {high} |")
-        lines.append("")
+            rows.append([f"{r.rate:g}", f"{r.snr_db:g}", f"{r.gap_db:.2f}", closed, f"{low} to {high}"])
+        lines += [table(["rate", "SNR (dB)", "gap (dB)", "closed", "95 % interval"], rows, "l" * 5)]
     lines += ["Share of the NMSE's variance over Rayleigh realisations that the additive model predicts:", ""]
-    lines += _header(["rate", "SNR (dB)", "power", "R^2"])
-    for r in frames["additive"].drop_duplicates(["snr_db", "power"]).itertuples():
-        lines.append(f"| {r.rate:g} | {r.snr_db:g} | {r.power} | {r.r_squared:.4f} |")
-    return "\n".join(lines) + "\n"
+    additive = frames["additive"].drop_duplicates(["snr_db", "power"]).itertuples()
+    rows = [[f"{r.rate:g}", f"{r.snr_db:g}", r.power, f"{r.r_squared:.4f}"] for r in additive]
+    return "\n".join([*lines, table(["rate", "SNR (dB)", "power", "R^2"], rows, "llll")])
 
 
 def _label(row) -> str:
     return NAMES[row.scheme] + ("" if row.scheme.startswith("raw") else f", r = {row.rate:g}")
 
 
-def _header(cells: list[str]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |", "|" + " --- |" * len(cells)]
-
-
-def _grid(labels, frame: pd.DataFrame, value: str) -> list[str]:
+def _grid(labels, frame: pd.DataFrame, value: str) -> str:
     """One line for each label, one column for each SNR."""
     if "label" not in frame:
         frame = frame.assign(label=[_label(row) for row in frame.itertuples()])
     cells = {(row.label, row.snr_db): getattr(row, value) for row in frame.itertuples()}
     levels = sorted(frame.snr_db.unique())
-    lines = _header(["SNR (dB)", *(f"{level:g}" for level in levels)])
-    lines += ["| " + " | ".join([name, *(f"{cells[name, level]:.2f}" for level in levels)]) + " |" for name in labels]
-    return [*lines, ""]
+    rows = [[name, *(f"{cells[name, level]:.2f}" for level in levels)] for name in labels]
+    return table(["SNR (dB)", *(f"{level:g}" for level in levels)], rows, "l" * (len(levels) + 1))
 
 
 def _gains(comparisons: pd.DataFrame, num: int) -> list[str]:
@@ -220,51 +216,28 @@ def _gains(comparisons: pd.DataFrame, num: int) -> list[str]:
         if here.empty:
             continue
         lines += [f"Gain of the seed in {unit} (dB), {title}, {mode}, n = {num} [95 % interval]:", ""]
-        lines += _header(["seed", "over", *(f"{level:g} dB" for level in sorted(here.snr_db.unique()))])
+        header, rows = ["seed", "over", *(f"{level:g} dB" for level in sorted(here.snr_db.unique()))], []
         for (rate, rival), group in here.groupby(["rate", "rival"], sort=False):
             columns = group.sort_values("snr_db")[[value, f"{value}_low", f"{value}_high"]].to_numpy()
-            cells = [f"{gain:.2f} [{low:.2f}, {high:.2f}]" for gain, low, high in columns]
-            lines.append("| " + " | ".join([f"r = {rate:g}", NAMES[rival], *cells]) + " |")
-        lines.append("")
+            rows.append([f"r = {rate:g}", NAMES[rival], *(interval(*gains, ".2f") for gains in columns)])
+        lines.append(table(header, rows, "l" * len(header)))
     return lines
 
 
 def draw(output: Path, frames: dict[str, pd.DataFrame]) -> None:
     """nmse.png, psnr.png, additive.png and load.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     results = frames["results"].query("mode == 'equal_energy'")
     results = results[(results.scheme != "seed") | ((results.power == "codec") & (results.mapping == "ordered"))]
-    drawings = {"nmse": _draw_nmse, "psnr": _draw_psnr}
-    for name, drawing in drawings.items():
-        _save(plt, drawing(plt, results), output / f"{name}.png")
-    _save(plt, _draw_additive(plt, frames["additive"]), output / "additive.png")
-    _save(plt, _draw_blocks(plt, frames["blocks"]), output / "load.png")
+    save(_draw_nmse(results), output / "nmse.png")
+    save(_draw_psnr(results), output / "psnr.png")
+    save(_draw_additive(frames["additive"]), output / "additive.png")
+    save(_draw_blocks(frames["blocks"]), output / "load.png")
 
 
-def _save(plt, figure, path: Path) -> None:
-    with in_one_step(path) as part:
-        figure.savefig(part, dpi=110, format="png")
-    plt.close(figure)
-
-
-def _axes(plt, rows: int, columns: int, size: tuple[float, float]):
-    return plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), layout="constrained", squeeze=False)
-
-
-def _line(axis, frame: pd.DataFrame, value: str, **style) -> None:
-    frame = frame.sort_values("snr_db")
-    errors = np.stack([frame[value] - frame[f"{value}_low"], frame[f"{value}_high"] - frame[value]])
-    axis.errorbar(frame.snr_db, frame[value], np.maximum(errors, 0), marker="o", markersize=3, linewidth=1.2, **style)
-
-
-def _draw_nmse(plt, results: pd.DataFrame):
+def _draw_nmse(results: pd.DataFrame):
     """Rows: fading. Columns: rates."""
     rates = sorted(results.rate.unique())
-    figure, axes = _axes(plt, len(FADINGS), len(rates), (3.6, 3.4))
+    figure, axes = panels(len(FADINGS), len(rates), (3.6 * len(rates), 3.4 * len(FADINGS)))
     for i, (fading, title) in enumerate(FADINGS.items()):
         for j, rate in enumerate(rates):
             here = results[(results.fading == fading) & ((results.rate == rate) | results.scheme.str.startswith("raw"))]
@@ -272,38 +245,39 @@ def _draw_nmse(plt, results: pd.DataFrame):
                 lines = here[here.scheme == scheme]
                 if len(lines):
                     dashes = "--" if scheme == "opta" else ":" if scheme.startswith("raw") else "-"
-                    _line(axes[i, j], lines, "nmse_db", label=NAMES[scheme], color=COLOURS[scheme], linestyle=dashes)
+                    style = {"label": NAMES[scheme], "color": COLOURS[scheme], "linestyle": dashes}
+                    line_with_bars(axes[i, j], lines, "snr_db", "nmse_db", **style)
             axes[i, j].set(xlabel="SNR (dB), equal energy", ylabel="latent NMSE (dB)", title=f"{title}, r = {rate:g}")
             axes[i, j].grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)
     return figure
 
 
-def _draw_psnr(plt, results: pd.DataFrame):
+def _draw_psnr(results: pd.DataFrame):
     """One panel for each fading."""
-    figure, axes = _axes(plt, 1, len(FADINGS), (6.0, 4.5))
+    figure, axes = panels(1, len(FADINGS), (6.0 * len(FADINGS), 4.5))
     middle = 4.0 if 4.0 in set(results.rate) else max(results.rate)
     for axis, (fading, title) in zip(axes[0], FADINGS.items(), strict=True):
         here = results[results.fading == fading]
         for i, rate in enumerate(sorted(results.dropna(subset="psnr_db").rate.unique())):
             lines = here[(here.scheme == "seed") & (here.rate == rate)]
-            _line(axis, lines, "psnr_db", label=f"seed, r = {rate:g}", color=f"C{i}")
+            line_with_bars(axis, lines, "snr_db", "psnr_db", label=f"seed, r = {rate:g}", color=f"C{i}")
         others = {"klt": (f"KLT, r = {middle:g}", "--", "C4"), "raw": ("raw", ":", "C5")}
         others |= {"raw_wiener": ("raw + Wiener", ":", "C6"), "raw_denoiser": ("raw + denoiser", ":", "C7")}
         for scheme, (label, dashes, colour) in others.items():
             lines = here[(here.scheme == scheme) & (here.rate == (middle if scheme == "klt" else 1.0))]
             if len(lines):
-                _line(axis, lines, "psnr_db", label=label, color=colour, linestyle=dashes)
+                line_with_bars(axis, lines, "snr_db", "psnr_db", label=label, color=colour, linestyle=dashes)
         axis.set(xlabel="SNR (dB), equal energy per image", ylabel="image PSNR (dB)", title=title)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
     return figure
 
 
-def _draw_additive(plt, additive: pd.DataFrame):
+def _draw_additive(additive: pd.DataFrame):
     """Columns: SNRs. Points: realisations, by power."""
     levels = list(additive.snr_db.unique())
-    figure, axes = _axes(plt, 1, len(levels), (4.0, 4.0))
+    figure, axes = panels(1, len(levels), (4.0 * len(levels), 4.0))
     for axis, level in zip(axes[0], levels, strict=True):
         here = additive[additive.snr_db == level]
         for i, (power, group) in enumerate(here.groupby("power", sort=False)):
@@ -316,9 +290,9 @@ def _draw_additive(plt, additive: pd.DataFrame):
     return figure
 
 
-def _draw_blocks(plt, blocks: pd.DataFrame):
+def _draw_blocks(blocks: pd.DataFrame):
     """Load and weight of every block, a line for each SNR."""
-    figure, axes = _axes(plt, 1, 2, (5.0, 3.8))
+    figure, axes = panels(1, 2, (10.0, 3.8))
     for axis, column, label in zip(axes[0], ("load", "weight"), ("load", "block weight"), strict=True):
         for i, (level, group) in enumerate(blocks.groupby("snr_db")):
             axis.semilogy(

@@ -4,14 +4,11 @@ import io
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from megjax.configs import in_one_step
+from eval.plots import heat_map, legend_below, line_with_band, panels, save
 from megjax.units import linear_to_db
 
 TITLES = {
@@ -29,26 +26,6 @@ TITLES = {
 }
 COLOURS = {name: f"C{i}" for i, name in enumerate(TITLES)}
 MODES = {"equal_energy": "equal energy per image", "equal_power": "equal power per symbol"}
-DPI = 110
-
-
-def save(figure, path: Path) -> None:
-    """Write a picture in one step."""
-    with in_one_step(path) as part:
-        figure.savefig(part, dpi=DPI, format="png")
-    plt.close(figure)
-
-
-def _line(axis, rows: pd.DataFrame, x: str, y: str, label: str, colour: str, style: str = "-") -> None:
-    """A line with its 95 % band."""
-    rows = rows.sort_values(x)
-    axis.plot(rows[x], rows[y], style, marker="o", markersize=3, label=label, color=colour)
-    axis.fill_between(rows[x], rows[f"{y}_low"], rows[f"{y}_high"], color=colour, alpha=0.2, linewidth=0)
-
-
-def _legend_below(figure, axis) -> None:
-    """One legend for all panels, where it hides no line."""
-    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center")
 
 
 def quality(frame: pd.DataFrame, path: Path) -> None:
@@ -57,18 +34,18 @@ def quality(frame: pd.DataFrame, path: Path) -> None:
     columns += [("caption_accuracy", "caption accuracy")]
     columns = [(name, title) for name, title in columns if name in frame and frame[name].notna().any()]
     size = (4.4 * len(columns), 7.0)
-    figure, axes = plt.subplots(2, len(columns), figsize=size, layout="constrained", squeeze=False, sharex=True)
+    figure, axes = panels(2, len(columns), size, sharex=True)
     for row, (mode, title) in enumerate(MODES.items()):
         here = frame[frame["mode"] == mode]
         for column, (name, label) in enumerate(columns):
             axis = axes[row, column]
             for scheme, rows in here.groupby("scheme", sort=False):
-                _line(axis, rows, "snr_db", name, TITLES[scheme], COLOURS[scheme])
+                line_with_band(axis, rows, "snr_db", name, label=TITLES[scheme], color=COLOURS[scheme])
             axis.set(ylabel=label, title=title, xlabel="SNR (dB)")
             axis.grid(alpha=0.3)
             if name == "frechet":
                 axis.set_yscale("log")
-    _legend_below(figure, axes[0, 0])
+    legend_below(figure, axes[0, 0])
     save(figure, path)
 
 
@@ -86,7 +63,7 @@ def pictures(points: list[dict[str, Any]], path: Path, mode: str = "equal_energy
     first = next(iter(kept.values()))
     caption = min(caption, len(first["captions"]) - 1)
     size = (1.45 * (len(levels) + 1) + 1.3, 1.5 * len(schemes) + 0.6)
-    figure, axes = plt.subplots(len(schemes), len(levels) + 1, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = panels(len(schemes), len(levels) + 1, size)
     for row, scheme in enumerate(schemes):
         shown = [first["server_pictures"][caption]]
         shown += [kept[scheme, level]["pictures"][caption] if (scheme, level) in kept else None for level in levels]
@@ -108,14 +85,15 @@ def rate_distortion(frame: pd.DataFrame, path: Path) -> None:
     levels = sorted(frame.snr_db.unique())
     shown = [levels[i] for i in sorted({0, len(levels) // 2, len(levels) - 1})]
     size = (4.2 * len(shown), 3.8)
-    figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
+    figure, axes = panels(1, len(shown), size)
     for axis, level in zip(axes[0], shown, strict=True):
         here = frame[(frame.snr_db == level) & (frame["mode"] == "equal_energy")].copy()
         for column in ("nmse", "nmse_low", "nmse_high"):
             here[column] = np.asarray(linear_to_db(here[column].to_numpy()))
         for scheme, rows in here.groupby("scheme", sort=False):
             name = "seed" if scheme == "seed" else TITLES[scheme]
-            _line(axis, rows, "num_symbols", "nmse", name, COLOURS[scheme], "--" if scheme == "opta" else "-")
+            dashes = "--" if scheme == "opta" else "-"
+            line_with_band(axis, rows, "num_symbols", "nmse", dashes, label=name, color=COLOURS[scheme])
         axis.set(xscale="log", xlabel="symbols per image", ylabel="latent NMSE (dB)", title=f"{level:g} dB")
         axis.set_xticks(sorted(here.num_symbols.unique()), [f"{x:.0f}" for x in sorted(here.num_symbols.unique())])
         axis.minorticks_off()
@@ -144,18 +122,17 @@ def power_map(frame: pd.DataFrame, path: Path) -> None:
     """Power of the middle block over gain and energy left: causal optimum and PPO."""
     levels, policies = sorted(frame.snr_db.unique()), list(frame.policy.unique())
     size = (4.0 * len(levels), 3.2 * len(policies))
-    figure, axes = plt.subplots(len(policies), len(levels), figsize=size, layout="constrained", squeeze=False)
+    figure, axes = panels(len(policies), len(levels), size)
     for column, level in enumerate(levels):
         here = frame[frame.snr_db == level]
         top = here[here.policy == policies[0]].power.quantile(0.97)
         for row, policy in enumerate(policies):
             grid = here[here.policy == policy].pivot(index="energy_left", columns="gain", values="power")
             axis = axes[row, column]
-            mesh = axis.pcolormesh(grid.columns, grid.index, grid.to_numpy(), vmin=0, vmax=top, shading="auto")
+            heat_map(figure, axis, grid.columns, grid.index, grid.to_numpy(), top, "power")
             name = {"dp": "causal optimum", "ppo": "PPO"}.get(policy, policy)
             axis.set(xscale="log", xlabel="gain $|h|^2$", ylabel="energy left / blocks left")
             axis.set_title(f"{name}, {level:g} dB")
-            figure.colorbar(mesh, ax=axis, label="power")
     save(figure, path)
 
 
@@ -166,17 +143,18 @@ def split(frame: pd.DataFrame, path: Path) -> None:
     columns = [(name, title) for name, title in columns if name in frame and frame[name].notna().any()]
     levels = sorted(frame.snr_db.unique())
     size = (4.2 * len(columns), 3.3 * len(levels))
-    figure, axes = plt.subplots(len(levels), len(columns), figsize=size, layout="constrained", squeeze=False)
+    figure, axes = panels(len(levels), len(columns), size)
     for row, level in enumerate(levels):
         for column, (name, label) in enumerate(columns):
             axis, here = axes[row, column], frame[frame.snr_db == level]
             lines, levels_only = here[here.device_steps > 0], here[here.device_steps == 0]
             for i, ((scheme, steps), rows) in enumerate(lines.groupby(["scheme", "server_steps"], sort=False)):
                 title = TITLES[scheme] + (f", after {steps} server steps" if steps else "")
-                _line(axis, rows, "device_steps", name, title, f"C{i}", ":" if scheme == "prompt" else "-")
+                dashes = ":" if scheme == "prompt" else "-"
+                line_with_band(axis, rows, "device_steps", name, dashes, label=title, color=f"C{i}")
             for i, (scheme, rows) in enumerate(levels_only.groupby("scheme", sort=False)):
                 axis.axhline(rows[name].iloc[0], color=f"C{i + 5}", linestyle="--", label=f"{TITLES[scheme]}, decoded")
             axis.set(xlabel="denoising steps at the device", ylabel=label, title=f"{level:g} dB")
             axis.grid(alpha=0.3)
-    _legend_below(figure, axes[0, 0])
+    legend_below(figure, axes[0, 0])
     save(figure, path)

@@ -1,28 +1,17 @@
 """The page of results: claims with intervals, tables and pictures, from sweeps."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from eval.figure_plots import MODES, TITLES
+from eval.markdown import interval, table
 from megjax.metrics import bootstrap_interval
 from megjax.units import linear_to_db
 
 RIVALS = ("latent", "latent-wiener", "centralized", "centralized-coded", "centralized-qam")
 Row = dict[str, Any]
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Lines of a Markdown table."""
-    header = list(header)
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
-
-
-def interval(mean: float, low: float, high: float, form: str) -> str:
-    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def find(points: list[Row], scheme: str, mode: str, snr_db: float, **more: Any) -> Row | None:
@@ -174,8 +163,8 @@ def distortion(frame: pd.DataFrame) -> str:
         values = group.set_index("snr_db")
         name = "seed" if scheme == "seed" else TITLES[scheme]
         label = name if scheme == "latent" else f"{name}, r = {rate:g}"
-        decibels = lambda row: [float(linear_to_db(row[c])) for c in ("nmse", "nmse_low", "nmse_high")]  # noqa: E731
-        rows.append([label, *(interval(*decibels(values.loc[level]), ".2f") for level in levels)])
+        ends = [[float(linear_to_db(values[c][level])) for c in ("nmse", "nmse_low", "nmse_high")] for level in levels]
+        rows.append([label, *(interval(*row, ".2f") for row in ends)])
     return table(["scheme", *(f"{level:g} dB" for level in levels)], rows)
 
 

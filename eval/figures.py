@@ -9,7 +9,8 @@ import tyro
 
 from eval import figure_plots as plots
 from eval import figure_tables as tables
-from megjax.configs import require, write_text
+from megjax.configs import require
+from megjax.files import write_text
 from megjax.runtime import command, prepare_output
 from megjax.sweep import read_points
 from megjax.tables import read_parquet

@@ -1,16 +1,17 @@
 """Tables and plots of the measured power policies."""
 
 import json
-from functools import partial
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
+from eval.markdown import table
+from eval.plots import heat_map, panels, save
+from eval.power_tables import powers
 from megjax.channel import RayleighFading
-from megjax.configs import in_one_step, write_text
+from megjax.files import write_text
 from megjax.power import LearnedPower, causal_optimum, power_problem
 from megjax.tables import write_parquet
 
@@ -42,32 +43,33 @@ def markdown(frame: pd.DataFrame) -> str:
         levels = sorted(group.snr_db.unique())
         n, error = int(group.n.iloc[0]), group.standard_error.max()
         lines += [f"**{name}**: return -sum w / (1 + gamma), n = {n:,} episodes, standard errors up to {error:.4f}", ""]
-        lines += _header(["policy", "causal", *(f"{level:g} dB" for level in levels)])
+        table_rows = []
         for policy, rows in group.groupby("policy", sort=False):
             means = rows.groupby("snr_db")["return"].mean()
             seeds = rows.seed.nunique()
             label = policy + (f", mean of {seeds} seeds" if policy in KINDS and seeds > 1 else "")
             causal = "yes" if rows.causal.iloc[0] else "no"
-            lines.append("| " + " | ".join([label, causal, *(f"{means[level]:.4f}" for level in levels)]) + " |")
-        lines += [""] + _learned_lines(group, levels)
+            table_rows.append([label, causal, *(f"{means[level]:.4f}" for level in levels)])
+        header = ["policy", "causal", *(f"{level:g} dB" for level in levels)]
+        lines += [table(header, table_rows, "l" * len(header)), *_learned_table(group, levels)]
     return "\n".join(lines) + "\n"
 
 
-def _learned_lines(group: pd.DataFrame, levels: list[float]) -> list[str]:
+def _learned_table(group: pd.DataFrame, levels: list[float]) -> list[str]:
     rows = group[group.policy.isin(KINDS)]
     if not len(rows):
         return []
-    lines = _header(["", *(f"{level:g} dB" for level in levels)])
+    lines = []
     for kind, mine in rows.groupby("policy", sort=False):
         if "recovered" in mine and mine.recovered.notna().any():
             label = f"{kind}: share of the gap from {mine.base.iloc[0]} to dp{_seeds(mine)}"
             lines.append(_line(label, mine, "recovered", levels, lambda m, h: _interval(100 * m, 100 * h, ".1f", " %")))
             gap = mine.groupby("snr_db").gap.first()
-            lines.append("| " + " | ".join(["that gap", *(f"{gap[level]:.4f}" for level in levels)]) + " |")
+            lines.append(["that gap", *(f"{gap[level]:.4f}" for level in levels)])
         for reference in ("equal", "static"):
             label = f"{kind}: gain over {reference}{_seeds(mine)}"
             lines.append(_line(label, mine, f"over_{reference}", levels, lambda m, h: _interval(m, h, "+.4f")))
-    return [*lines, ""]
+    return [table(["", *(f"{level:g} dB" for level in levels)], lines, "l" * (len(levels) + 1))]
 
 
 def _seeds(rows: pd.DataFrame) -> str:
@@ -81,46 +83,31 @@ def _interval(mean: float, half: float, form: str, unit: str = "") -> str:
     return f"{mean:{form}}{width}{unit}"
 
 
-def _line(label: str, rows: pd.DataFrame, column: str, levels: list[float], text) -> str:
+def _line(label: str, rows: pd.DataFrame, column: str, levels: list[float], text) -> list[str]:
     """A row of the table; a share of a gap that is under a thousandth of the error says so instead."""
     cells = []
     for level in levels:
         here = rows[rows.snr_db == level]
         tiny = column == "recovered" and here.gap.iloc[0] < 1e-3 * abs(here["return"].iloc[0])
         cells.append("no gap" if tiny else text(*seed_interval(here[column].to_numpy())))
-    return "| " + " | ".join([label, *cells]) + " |"
-
-
-def _header(cells: list[str]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |", "|" + " --- |" * len(cells)]
+    return [label, *cells]
 
 
 def draw(frame: pd.DataFrame, args) -> None:
     """The three pictures; those that need a trained policy are left out without one."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    _save(plt, _gains(plt, frame), args.output / "policies.png")
+    save(_gains(frame), args.output / "policies.png")
     folders = sorted(args.runs.glob("power-equal-rayleigh-?"))
     models = [folder for folder in folders if (folder / "model").is_dir()]
     if models:
         learned = LearnedPower.from_pretrained(models[0] / "model", args.blocks)
-        _save(plt, _maps(plt, learned, args.blocks), args.output / "map.png")
-        _save(plt, _curves(plt, models), args.output / "learning.png")
+        save(_maps(learned, args.blocks), args.output / "map.png")
+        save(_curves(models), args.output / "learning.png")
 
 
-def _save(plt, figure, path: Path) -> None:
-    with in_one_step(path) as part:
-        figure.savefig(part, dpi=110, format="png")
-    plt.close(figure)
-
-
-def _gains(plt, frame: pd.DataFrame):
+def _gains(frame: pd.DataFrame):
     """Reduction of the error against equal power, in per cent, by policy and SNR."""
     names = list(frame.setting.unique())
-    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.8), layout="constrained", squeeze=False)
+    figure, axes = panels(1, len(names), (4.2 * len(names), 3.8))
     for axis, name in zip(axes[0], names, strict=True):
         group = frame[frame.setting == name]
         equal = group[group.policy == "equal"].set_index("snr_db")["return"]
@@ -139,38 +126,30 @@ def _gains(plt, frame: pd.DataFrame):
     return figure
 
 
-def _maps(plt, learned: LearnedPower, num_blocks: int):
+def _maps(learned: LearnedPower, num_blocks: int):
     """Power in the middle block over gain and energy left: the optimum's, PPO's."""
     levels, block = (-10.0, 0.0, 10.0), num_blocks // 2
-    figure, axes = plt.subplots(2, len(levels), figsize=(4.0 * len(levels), 6.4), layout="constrained")
+    figure, axes = panels(2, len(levels), (4.0 * len(levels), 6.4))
     gains, energies = np.geomspace(0.02, 6, 60), np.linspace(0.02, 2.5, 60)
     grid = jnp.asarray(gains, jnp.float32), jnp.asarray(energies * (num_blocks - block), jnp.float32)
     optimum = causal_optimum(RayleighFading(), num_blocks)
     for column, level in enumerate(levels):
         problem = power_problem(level, num_blocks)
-        shown = {"causal optimum": _powers(optimum, *grid, block, problem)}
-        shown["PPO"] = _powers(learned, *grid, block, problem)
+        shown = {"causal optimum": powers(optimum, *grid, block, problem)}
+        shown["PPO"] = powers(learned, *grid, block, problem)
         top = float(np.quantile(shown["causal optimum"], 0.97))
         for row, (name, power) in enumerate(shown.items()):
             axis = axes[row, column]
-            mesh = axis.pcolormesh(gains, energies, np.asarray(power), vmin=0, vmax=top, shading="auto")
+            heat_map(figure, axis, gains, energies, np.asarray(power), top, f"power of block {block + 1}")
             axis.set(
                 xscale="log", xlabel="gain $|h|^2$", ylabel="energy left / blocks left", title=f"{name}, {level:g} dB"
             )
-            figure.colorbar(mesh, ax=axis, label=f"power of block {block + 1}")
     return figure
 
 
-@partial(jax.jit, static_argnames="block")
-def _powers(policy, gains, energies, block: int, problem):
-    """Power [e g] that a policy gives a block."""
-    one = lambda gain, energy: policy.power_at(gain, energy, block, problem)  # noqa: E731
-    return jax.vmap(jax.vmap(one, (0, None)), (None, 0))(gains, energies)
-
-
-def _curves(plt, folders: list[Path]):
+def _curves(folders: list[Path]):
     """Mean return of the training episodes over updates, by seed."""
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, ((axis,),) = panels(1, 1, (6, 4))
     for i, folder in enumerate(folders):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         axis.plot([r["step"] for r in rows], [r["return"] for r in rows], color=f"C{i}", linewidth=1, label=folder.name)

@@ -51,7 +51,9 @@ def references(args: Arguments) -> dict[str, float]:
 
     @jax.jit
     def total(policy, gains, problem):
-        one = lambda row: -jnp.sum(weighted_errors(problem, row, policy.allocate(row, problem)))  # noqa: E731
+        def one(row):
+            return -jnp.sum(weighted_errors(problem, row, policy.allocate(row, problem)))
+
         return jnp.mean(jax.vmap(one)(gains))
 
     found = {}
@@ -63,8 +65,12 @@ def references(args: Arguments) -> dict[str, float]:
 
 
 @partial(jax.jit, static_argnames="block")
-def _powers(policy, gains, energies, block: int, problem):
-    one = lambda gain, energy: policy.power_at(gain, energy, block, problem)  # noqa: E731
+def powers(policy, gains, energies, block: int, problem):
+    """Power [e g] that a policy gives a block."""
+
+    def one(gain, energy):
+        return policy.power_at(gain, energy, block, problem)
+
     return jax.vmap(jax.vmap(one, (0, None)), (None, 0))(gains, energies)
 
 
@@ -76,7 +82,7 @@ def power_map(args: Arguments, learned: LearnedPower) -> pd.DataFrame:
     grid = jnp.asarray(gains, jnp.float32), jnp.asarray(energies * (args.blocks - block), jnp.float32)
     for name, policy in (("dp", causal_optimum(FADING, args.blocks)), ("ppo", learned)):
         for level in args.snr_db:
-            power = np.asarray(_powers(policy, *grid, block, power_problem(level, args.blocks)))
+            power = np.asarray(powers(policy, *grid, block, power_problem(level, args.blocks)))
             columns = {"gain": np.tile(gains, len(energies)), "energy_left": np.repeat(energies, len(gains))}
             frames.append(pd.DataFrame({"policy": name, "snr_db": level, **columns, "power": power.reshape(-1)}))
     return pd.concat(frames, ignore_index=True)

@@ -9,6 +9,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from eval.plots import panels, save
 from megjax import channel
 from megjax.channel import theory
 from megjax.configs import require_positive_integers, write_json
@@ -88,12 +89,7 @@ def traces(seed: int) -> dict[str, np.ndarray]:
 
 def draw(path: Path, levels: dict[str, np.ndarray], rows: list[dict]) -> None:
     """Left: traces. Middle and right: bit error rates, closed forms as lines and simulations as points."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, *others) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, ((left, *others),) = panels(1, 3, (13, 4))
     for i, (name, level) in enumerate(levels.items()):
         left.plot(level - APART_DB * i, linewidth=1.1, color=f"C{i}")
         left.axhline(-APART_DB * i, color=f"C{i}", linewidth=0.5, alpha=0.5)
@@ -114,8 +110,7 @@ def draw(path: Path, levels: dict[str, np.ndarray], rows: list[dict]) -> None:
     others[1].legend(fontsize=9, loc="lower left")
     place = {"transform": others[0].transAxes, "ha": "right", "va": "top"}
     others[0].text(0.97, 0.97, "lines: theory\npoints: simulation, 95 %", **place)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def run(args: Arguments) -> list[dict]:

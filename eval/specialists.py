@@ -10,6 +10,7 @@ import numpy as np
 import tyro
 from rich.table import Table
 
+from eval.markdown import interval
 from eval.measure import console
 from megjax.channel import NoFading, RayleighFading
 from megjax.codec import SeedCodec
@@ -104,8 +105,8 @@ def show(rows: list[dict]) -> None:
     """Print the losses, a line each."""
     table = Table("SNR (dB)", "r", "fading", "loss of the one codec (dB), 95 %", title="equal energy")
     for row in rows:
-        interval = f"{row['loss_db']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-        table.add_row(f"{row['snr_db']:g}", f"{row['rate']:g}", row["fading"], interval)
+        loss = interval(row["loss_db"], row["low"], row["high"], ".2f")
+        table.add_row(f"{row['snr_db']:g}", f"{row['rate']:g}", row["fading"], loss)
     console().print(table)
 
 

@@ -1,20 +1,17 @@
 """Reading frozen configuration dataclasses from dictionaries and JSON, strictly."""
 
-import contextlib
 import dataclasses
-import glob
 import json
 import math
-import os
-import platform
-import re
-import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from jax import dtypes
+
+from megjax.files import in_one_step as in_one_step
+from megjax.files import require_content, write_text
 
 Config = TypeVar("Config")
 
@@ -35,9 +32,10 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def require_count(name: str, value: Any, smallest: int = 1) -> int:
-    """`value` as a Python integer; ValueError unless it is an integer of Python or NumPy of at least `smallest`."""
-    require(is_integer(value) and value >= smallest, name, value, f"an integer of at least {smallest}")
+def require_count(name: str, value: Any, smallest: int = 1, largest: int | None = None) -> int:
+    """`value` as a Python integer; ValueError unless it is an integer of Python or NumPy within these bounds."""
+    allowed = f"an integer of at least {smallest}" + ("" if largest is None else f" and at most {largest}")
+    require(is_integer(value) and value >= smallest and (largest is None or value <= largest), name, value, allowed)
     return int(value)
 
 
@@ -99,19 +97,23 @@ def from_mapping(
 
 
 def require_positive_integers(config: Any, source: str, names: Collection[str]) -> None:
-    """ValueError unless each of these settings, or each item of it, is an integer of at least 1."""
+    """ValueError unless each of these settings, or each item of it, is an integer of at least 1.
+
+    NumPy's integers become Python's, which JSON has.
+    """
     for name in names:
         value = getattr(config, name)
         items = value if isinstance(value, tuple) else (value,)
-        valid = bool(items) and all(isinstance(item, int) and not isinstance(item, bool) and item > 0 for item in items)
+        valid = bool(items) and all(is_integer(item) and item > 0 for item in items)
         kind = "a tuple of positive integers" if isinstance(value, tuple) else "a positive integer"
         require(valid, f"{source}: {name}", value, kind)
+        object.__setattr__(config, name, tuple(map(int, items)) if isinstance(value, tuple) else int(value))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file `path`; ValueError naming the file when it is absent or not a JSON object."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except OSError as error:
@@ -124,52 +126,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def require_content(path: Path) -> None:
-    """ValueError if the file `path` is a Git LFS pointer, which stands for content that was not downloaded."""
-    with path.open("rb") as file:
-        pointer = file.read(40).startswith(b"version https://git-lfs.github.com/")
-    if pointer:
-        raise ValueError(
-            f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull` in its folder"
-        )
-
-
 def write_json(path: Path, values: Any) -> None:
     """Write `values` as indented JSON with sorted keys, in one step; ValueError on NaN and infinities."""
     write_text(path, json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write the whole file in one step: a kill leaves the old one or the new one."""
-    with in_one_step(path) as part:
-        part.write_text(text)
-
-
-@contextlib.contextmanager
-def in_one_step(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place when the block ends, so that a kill leaves a whole one.
-
-    No two processes get the same file, so each may write `path` at any time. An error in the block removes it, and the
-    next to write `path` removes those that killed processes of the same machine left.
-    """
-    machine = re.sub(r"\W", "", platform.node())
-    part = path.with_name(f"{path.name}.{machine}-{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
-    try:
-        yield part
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    for other in path.parent.glob(f"{glob.escape(path.name)}.{machine}-*.part"):
-        if not _runs(int(other.name.split("-")[-2])):
-            other.unlink(missing_ok=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True

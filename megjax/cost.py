@@ -14,7 +14,7 @@ import jax
 from jaxtyping import PyTree
 
 from megjax import hlo
-from megjax.configs import require
+from megjax.configs import is_integer, require
 
 _GIB = 2**30
 
@@ -113,7 +113,7 @@ class Cost:
         )
 
     def __mul__(self, times: int) -> "Cost":
-        if isinstance(times, bool) or not isinstance(times, int):
+        if not is_integer(times):
             return NotImplemented
         require(times >= 0, "number of runs", times, "at least 0")
         return dataclasses.replace(

@@ -12,7 +12,8 @@ import orbax.checkpoint as ocp
 from clu import parameter_overview
 from jaxtyping import PyTree
 
-from megjax.configs import read_json, write_json, write_text
+from megjax.configs import read_json, write_json
+from megjax.files import write_text
 from megjax.processes import gather
 
 

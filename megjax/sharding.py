@@ -15,7 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from megjax.configs import require
+from megjax.configs import is_integer, require
 from megjax.processes import watch_others
 
 AXES = ("data", "fsdp", "tensor")
@@ -46,10 +46,8 @@ class MeshConfig:
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.tensor)
         for name, size in zip(AXES, sizes, strict=True):
-            whole = isinstance(size, int) and not isinstance(size, bool)
-            require(
-                whole and (size >= 1 or size == -1), f"mesh: {name}", size, "a positive integer, or -1 for the rest"
-            )
+            whole = is_integer(size) and (size >= 1 or size == -1)
+            require(whole, f"mesh: {name}", size, "a positive integer, or -1 for the rest")
         require(sizes.count(-1) <= 1, "mesh", dict(zip(AXES, sizes, strict=True)), "-1 on one axis at most")
 
     def sizes(self, num_devices: int) -> tuple[int, int, int]:
@@ -71,6 +69,18 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
     """
     devices = jax.devices() if devices is None else list(devices)
     return Mesh(mesh_utils.create_device_mesh(config.sizes(len(devices)), devices), AXES)
+
+
+def mesh_of(devices: Sequence[jax.Device], sizes: Mapping[str, int] | None = None) -> Mesh:
+    """A mesh of exactly these devices in their order, with axes of these sizes; by default "data" alone."""
+    sizes = {"data": len(devices)} if sizes is None else sizes
+    return Mesh(np.asarray(devices, object).reshape(tuple(sizes.values())), tuple(sizes))
+
+
+def data_mesh(count: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices (default: all of this process) on the axis "data" if they divide a batch, else the first of them."""
+    devices = jax.local_devices() if devices is None else devices
+    return mesh_of(devices if count % len(devices) == 0 else devices[:1])
 
 
 def partition_spec(

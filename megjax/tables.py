@@ -6,7 +6,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megjax.configs import in_one_step
+from megjax.files import in_one_step
 
 
 def write_parquet(table: pa.Table | pd.DataFrame, path: Path | str) -> None:

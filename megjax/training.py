@@ -10,19 +10,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, PyTree
 from tqdm import tqdm
 
-from megjax.configs import read_json, require, write_json, write_text
+from megjax.configs import read_json, require, write_json
+from megjax.files import write_text
 from megjax.keys import from_seed
 from megjax.precision import promoting
 from megjax.processes import gather
 from megjax.pytrees import pytree_dataclass
 from megjax.runs import MetricsLog, check_same_run, describe_parameters, newest, read_waiting, write_waiting
+from megjax.sharding import mesh_of
 from megjax.termination import TerminationNotice
 
 WHOLE = PartitionSpec()
@@ -88,7 +89,7 @@ def init_state(config: FitConfig, params: PyTree) -> FitState:
     return FitState(jnp.zeros((), jnp.int32), params, ema, config.optimizer.init(params))
 
 
-def data_mesh(num_shards: int) -> Mesh:
+def shards_mesh(num_shards: int) -> Mesh:
     """A mesh of as many devices as divide `num_shards`, with the one axis "data".
 
     Of many processes all take part, with equally many devices each: one where there is only one shard, which then all
@@ -100,14 +101,14 @@ def data_mesh(num_shards: int) -> Mesh:
     shares = max(num_shards // count, 1)
     size = max(n for n in range(1, jax.local_device_count() + 1) if shares % n == 0)
     of_process = [[d for d in jax.devices() if d.process_index == index] for index in range(count)]
-    return Mesh(np.asarray([device for devices in of_process for device in devices[:size]]), ("data",))
+    return mesh_of([device for devices in of_process for device in devices[:size]])
 
 
 def shared(tree: PyTree, num_shards: int = 1) -> PyTree:
-    """Arrays that all processes hold alike, on the devices of `data_mesh`; as they are on the one device of one."""
+    """Arrays that all processes hold alike, on the devices of `shards_mesh`; as they are on the one device of one."""
     if num_shards == 1 and jax.process_count() == 1:
         return tree
-    sharding = NamedSharding(data_mesh(num_shards), WHOLE)
+    sharding = NamedSharding(shards_mesh(num_shards), WHOLE)
 
     def place(x):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # JAX 0.10 puts numbers on other processes' devices, not keys
@@ -133,7 +134,7 @@ def data_parallel(
     """The mean of `num_shards` draws of `loss_fn`, draw i with `fold_in(key, i)`, spread over the devices there are.
 
     What is drawn does not depend on the number of devices, so that losses agree but for rounding. Each draw is one
-    share of the batch. `mesh` defaults to `data_mesh(num_shards)`; its axes all split the batch. Parameters that
+    share of the batch. `mesh` defaults to `shards_mesh(num_shards)`; its axes all split the batch. Parameters that
     `param_specs` (a tree of PartitionSpecs like theirs) split are gathered for use; their gradients come back split.
     Data that `data_specs` split stay so: each draw sees the part of its device.
 
@@ -141,7 +142,7 @@ def data_parallel(
     """
     if num_shards == 1 and mesh is None:
         return loss_fn
-    mesh = data_mesh(num_shards) if mesh is None else mesh
+    mesh = shards_mesh(num_shards) if mesh is None else mesh
     require(num_shards % mesh.size == 0, "num_shards", num_shards, f"a multiple of the mesh's {mesh.size} devices")
     specs = (param_specs, data_specs, PartitionSpec(mesh.axis_names))
 

@@ -136,7 +136,10 @@ def directional(function, point, direction, step):
     The difference with twice the step has four times the error of order step^2; rounding of the two values, each the
     mean of many float32 terms, adds its share.
     """
-    moved = lambda size: jax.tree.map(lambda x, d: x + np.float32(size) * d, point, direction)  # noqa: E731
+
+    def moved(size):
+        return jax.tree.map(lambda x, d: x + np.float32(size) * d, point, direction)
+
     values = {size: float(function(moved(size))) for size in (-2 * step, -step, step, 2 * step)}
     near, far = ((values[size] - values[-size]) / (2 * size) for size in (step, 2 * step))
     rounding = 16 * np.finfo(np.float32).eps * abs(values[step]) / step

@@ -43,7 +43,11 @@ def test_nominal_operations_are_those_of_the_layers_on_every_machine():
 def test_nominal_operations_are_counted_by_the_cpu_backend(monkeypatch):
     """Plugins, as for GPUs and TPUs, have no analysis of a program that is not compiled."""
     used, analyse = [], pxla.MeshComputation.cost_analysis
-    counted = lambda self: used.append(self.compile_args["backend"].platform) or analyse(self)  # noqa: E731
+
+    def counted(self):
+        used.append(self.compile_args["backend"].platform)
+        return analyse(self)
+
     monkeypatch.setattr(pxla.MeshComputation, "cost_analysis", counted)
     assert nominal_flops(lambda a, b: a @ b, matrix(64, 128), matrix(128, 32)) == 2 * 64 * 128 * 32
     assert used == ["cpu"]
@@ -57,7 +61,8 @@ def test_nominal_operations_are_counted_by_the_cpu_backend(monkeypatch):
 
 
 def test_a_loop_body_counts_once_and_composition_multiplies():
-    step = lambda x: x @ x  # noqa: E731
+    def step(x):
+        return x @ x
 
     def repeated(x, num_steps):
         return jax.lax.scan(lambda x, _: (step(x), None), x, None, num_steps)[0]

@@ -73,7 +73,9 @@ def test_draws_under_vmap_are_those_of_each_key_alone(impl, draw):
 
 @pytest.mark.parametrize("impl", GENERATORS)
 def test_a_rollout_draws_the_same_whatever_its_chunk(impl):
-    draw = lambda key: jax.random.normal(key, (2,), jnp.float32)  # noqa: E731
+    def draw(key):
+        return jax.random.normal(key, (2,), jnp.float32)
+
     options = {"num": 30, "reduction": channel.Samples(), "progress": False}
     key = jax.random.key(1, impl=impl)
     whole, parts = (channel.rollout(key, draw, chunk=chunk, **options) for chunk in (30, 7))

@@ -17,6 +17,7 @@ LAYERS = {
     "runtime": 0,
     "registry": 0,
     "units": 0,
+    "files": 0,
     "configs": 0,
     "keys": 0,
     "sharding": 0,
@@ -47,8 +48,9 @@ ARROWS = {
     "runtime": {"configs", "processes", "sharding"},
     "sharding": {"configs", "processes"},
     "keys": {"configs"},
-    "runs": {"configs", "processes"},
-    "tables": {"configs"},
+    "configs": {"files"},
+    "runs": {"configs", "files", "processes"},
+    "tables": {"files"},
     "registry": {"configs"},
     "data.scenes": {"data.__init__", "data.scene_shapes", "keys"},
     "data.scene_shapes": {"data.__init__", "precision"},
@@ -167,3 +169,10 @@ def test_only_units_takes_logarithms_to_base_10():
         nodes = ast.walk(ast.parse(path.read_text()))
         names = {getattr(node, field, None) for node in nodes for field in ("attr", "id", "name")}
         assert "log10" not in names or module_name(path) == "units", path
+
+
+def test_only_sharding_makes_meshes():
+    for path in (*FILES, *(ROOT / "eval").rglob("*.py")):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        made = any(getattr(call, "id", getattr(call, "attr", None)) == "Mesh" for call in calls)
+        assert not made or path.stem == "sharding" or path.match("sweep/receive.py"), path

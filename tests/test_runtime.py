@@ -57,7 +57,10 @@ def test_memory_is_returned_after_long_compilations(listening, monkeypatch):
 
 def test_jax_tells_of_compilations():
     events = []
-    listen = lambda event, seconds, **_: events.append(event)  # noqa: E731
+
+    def listen(event, seconds, **_):
+        events.append(event)
+
     jax.monitoring.register_event_duration_secs_listener(listen)
     jax.jit(lambda x: x + 3)(1.0)
     jax.monitoring.unregister_event_duration_listener(listen)

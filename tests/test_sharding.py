@@ -8,9 +8,11 @@ from jax.sharding import PartitionSpec
 from megjax.sharding import (
     MeshConfig,
     Processes,
+    data_mesh,
     find_processes,
     fsdp_specs,
     make_mesh,
+    mesh_of,
     partition_spec,
     shard_batch,
     start_processes,
@@ -87,7 +89,10 @@ def test_tensor_specs_pair_the_layers():
         },
         "odd.resnets.0": {"conv1": {"kernel": (3, 3, 4, 30)}},
     }
-    shape = lambda size: jax.ShapeDtypeStruct(size, jnp.float32)  # noqa: E731
+
+    def shape(size):
+        return jax.ShapeDtypeStruct(size, jnp.float32)
+
     params = jax.tree.map(shape, names, is_leaf=lambda x: isinstance(x, tuple))
     last, whole = (lambda n: PartitionSpec(*[None] * (n - 1), "tensor")), PartitionSpec()
     specs = tensor_specs(params, 4)
@@ -160,3 +165,12 @@ def test_a_lone_process_starts_nothing(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert start_processes() is None
     assert not jax.distributed.is_initialized()
+
+
+def test_devices_take_a_batch_that_they_divide():
+    devices = jax.local_devices()
+    for count, taken in ((2 * len(devices), devices), (2 * len(devices) + 1, devices[:1])):
+        mesh = data_mesh(count)
+        assert mesh.devices.tolist() == taken and mesh.axis_names == ("data",)
+    assert data_mesh(3, devices[:1]).size == 1
+    assert mesh_of(devices[:1], {"data": 1, "tensor": 1}).shape == {"data": 1, "tensor": 1}

@@ -90,7 +90,9 @@ def _make(request: dict[str, Any]):
     def peak():
         return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
-    image = lambda: jax.block_until_ready(compiled(ids, params, key, neg_prompt_ids=ids))  # noqa: E731
+    def image():
+        return jax.block_until_ready(compiled(ids, params, key, neg_prompt_ids=ids))
+
     return about, image, None if jax.default_backend() == "cpu" else peak
 
 

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eval.markdown import interval
 from eval.measure import Contender, measure, prepare_torch
+from eval.stages import STAGES, Measured, Stage
 from eval.stages.codec import COMPILED, NO_DEVICE, compiler_problem
 from megjax.channel import TDL, JakesFading, RayleighFading, transmit
 from megjax.channel.random import complex_normal, fold_in_each
@@ -22,6 +24,7 @@ PROFILE, DELAY_SPREAD_S, INTERVAL_S = "A", 100e-9, 1e-3
 PEERS = ("numpy_channel", "torch_channel", "sionna_channel")
 COPY = "copy"
 """The name of the contender that only copies the output: the ceiling for bytes written."""
+COLUMNS = ["implementation", "thousand realisations/s", "first call (s)", "GB/s written", "of copy"]
 
 
 def peers() -> dict[str, Any]:
@@ -35,9 +38,7 @@ def peers() -> dict[str, Any]:
     return found
 
 
-def run(
-    batches: tuple[int, ...], rounds: int, with_peers: bool, with_gaussians: bool = True
-) -> tuple[list[dict], list[str], list[str]]:
+def run(batches: tuple[int, ...], rounds: int, with_peers: bool, with_gaussians: bool = True) -> Measured:
     """Rows of the benchmark file, the peers that are missing, and notes."""
     installed = peers() if with_peers else dict.fromkeys(PEERS)
     missing = [name for name, module in installed.items() if module is None and with_peers]
@@ -63,6 +64,18 @@ def run(
                 }
             )
     return rows, missing, notes
+
+
+def cells(row) -> list[str]:
+    """One line of a table: implementation, rate with quartiles, first call, bytes written, share of a copy."""
+    low, high = row.per_second_quartiles
+    return [
+        row.implementation,
+        interval(row.per_second / 1e3, low / 1e3, high / 1e3, ",.1f"),
+        f"{row.first_call_s:.2f}",
+        f"{row.bytes_written_per_second / 1e9:.2f}",
+        f"{100 * row.share_of_copy:.0f} %",
+    ]
 
 
 def usable_torch(module: ModuleType) -> tuple[ModuleType | None, list[str]]:
@@ -199,3 +212,16 @@ def _megjax(
 def _copy(shape: tuple[int, ...], dtype: type) -> Contender:
     source, program = jnp.ones(shape, dtype), jax.jit(jnp.copy)
     return Contender(COPY, lambda: program(source).block_until_ready())
+
+
+STAGES.register(
+    Stage(
+        name="channel",
+        title="channel rollouts",
+        version=1,
+        rank=10,
+        run=lambda args, _: run(args.batches, args.rounds, args.peers, args.gaussians),
+        columns=COLUMNS,
+        cells=cells,
+    )
+)

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from eval.markdown import interval
 from eval.measure import Contender, Timing, measure, prepare_torch
+from eval.stages import STAGES, Measured, Stage
 from megjax.codec.fitting import codec_loss
 from megjax.codec.network import Constant, SeedNetwork
 from megjax.codec.recipe import PRESETS, CodecRecipe
@@ -24,9 +26,7 @@ NO_DEVICE = "PyTorch was not measured: it cannot use this device."
 COLUMNS = ["implementation", "steps/s", "images/s", "of eager PyTorch", "compilation (s)"]
 
 
-def run(
-    preset: str, steps: int, rounds: int, with_peers: bool, compiled: bool = True, ours: bool = True
-) -> tuple[list[dict], list[str], list[str]]:
+def run(preset: str, steps: int, rounds: int, with_peers: bool, compiled: bool = True, ours: bool = True) -> Measured:
     """Rows of the benchmark file, the peers that are missing, and notes.
 
     `compiled` also measures torch.compile; without `ours`, only peers are measured.
@@ -72,7 +72,7 @@ def cells(row) -> list[str]:
     ratio = row.ratio_to_eager
     return [
         row.implementation,
-        f"{row.steps_per_second:,.2f} [{low:,.2f}, {high:,.2f}]",
+        interval(row.steps_per_second, low, high, ",.2f"),
         f"{row.images_per_second:,.0f}",
         "-" if ratio is None or np.isnan(ratio) else f"{ratio:.2f}",
         f"{row.compilation_s:.1f}",
@@ -146,3 +146,16 @@ def compiler_problem(on_cpu: bool) -> str | None:
     if any(shutil.which(name) for name in names):
         return None
     return f"no C{'++' * on_cpu} compiler ({' or '.join(names)}) is installed"
+
+
+STAGES.register(
+    Stage(
+        name="codec",
+        title="training of the seed codec",
+        version=1,
+        rank=20,
+        run=lambda args, _: run(args.preset, args.steps, args.rounds, args.peers, args.torch_compile, args.ours),
+        columns=COLUMNS,
+        cells=cells,
+    )
+)

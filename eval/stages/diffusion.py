@@ -11,9 +11,11 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from eval.aot_jobs import model_configs
+from eval.markdown import interval
 from eval.measure import Contender, Timing, matmul, matmul_side, measure, prepare_torch
 from eval.peers import flax_diffusers
 from eval.peers.lines import Served
+from eval.stages import STAGES, Measured, Stage
 from eval.stages.codec import EAGER, NO_DEVICE, peer, torch_modes
 from megjax.cost import Cost, cost_of_compiled, nominal_flops
 from megjax.diffusion.layers import ShapeRngs
@@ -39,7 +41,7 @@ COLUMNS = [
 
 def run(
     model: str, batches: tuple[int, ...], rounds: int, with_peers: bool, compiled: bool = True, ours: bool = True
-) -> tuple[list[dict], list[str], list[str]]:
+) -> Measured:
     """Rows of the benchmark file, the peers that are missing, and notes.
 
     `batches` are the U-Net's, two for each guided image. Weights are random: the work does not depend on them. Numbers
@@ -88,7 +90,10 @@ class UNetCall:
 
     def __init__(self, config: UNetConfig, length: int, batch: int):
         graph, params = nnx.split(nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=ShapeRngs())))
-        shape_of = lambda *shape: jax.ShapeDtypeStruct(shape, config.dtype)  # noqa: E731
+
+        def shape_of(*shape):
+            return jax.ShapeDtypeStruct(shape, config.dtype)
+
         side = config.sample_size
         inputs = shape_of(batch, side, side, config.in_channels), shape_of(batch, length, config.cross_attention_dim)
         self.shapes = jax.tree.map(lambda x: shape_of(*x.shape), params), *inputs
@@ -175,7 +180,7 @@ def cells(row) -> list[str]:
     steps = 0 if row.implementation.startswith(MATMUL) else 1 / row.seconds
     return [
         row.implementation,
-        f"{row.seconds:.3g} [{low:.3g}, {high:.3g}]",
+        interval(row.seconds, low, high, ".3g"),
         f"{steps:.3g}" if steps else "-",
         f"{steps * row.batch / 2:.3g}" if steps else "-",
         f"{row.flops_per_second / 1e12:.3f}",
@@ -210,3 +215,16 @@ def old_flax(config: UNetConfig, length: int, batch: int, dtype) -> tuple[Served
         return old, f"Flax: {old.about['versions']}, in a process of its own."
     old.close()
     return None, f"Flax of diffusers was not measured: its JAX has {old.about['platform']} only."
+
+
+STAGES.register(
+    Stage(
+        name="diffusion",
+        title="a call of the U-Net",
+        version=1,
+        rank=50,
+        run=lambda args, _: run(args.model, args.unet_batches, args.rounds, args.peers, args.torch_compile, args.ours),
+        columns=COLUMNS,
+        cells=cells,
+    )
+)

@@ -4,6 +4,8 @@ import time
 
 import jax
 
+from eval.stages import STAGES, Measured, Stage
+from megjax.configs import require
 from megjax.diffusion.layout import locate
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.ldm import quality
@@ -21,7 +23,7 @@ COLUMNS = [
 ]
 
 
-def run(num: int, rounds: int, intervals=INTERVALS, steps: int = STEPS) -> tuple[list[dict], list[str], list[str]]:
+def run(num: int, rounds: int, intervals=INTERVALS, steps: int = STEPS) -> Measured:
     """Rows of the benchmark file, no missing peers, and notes. `num` held-out captions an interval, 50 at a time."""
     folder = locate("scenes")
     pipe, scenenet = StableDiffusion.from_pretrained(folder), SceneNet.load(folder / "scenenet")
@@ -74,3 +76,22 @@ def cells(row) -> list[str]:
         percent(row.exact),
         f"{row.frechet_distance:.1f}",
     ]
+
+
+def check(args) -> None:
+    """ValueError for a number of captions that is not of whole batches."""
+    require(args.captions % BATCH == 0, "--captions", args.captions, f"a multiple of {BATCH}")
+
+
+STAGES.register(
+    Stage(
+        name="guidance",
+        title="guidance in an interval of the steps",
+        version=1,
+        rank=80,
+        run=lambda args, _: run(args.captions, args.rounds),
+        columns=COLUMNS,
+        cells=cells,
+        check=check,
+    )
+)

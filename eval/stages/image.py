@@ -15,8 +15,9 @@ from tqdm import tqdm
 from eval.aot_jobs import model_configs
 from eval.peers import flax_diffusers, torch_image
 from eval.peers.lines import Served
-from eval.stages import image_process
+from eval.stages import STAGES, Measured, Stage, image_process
 from eval.stages.codec import EAGER, peer, torch_modes
+from megjax.configs import require_count
 
 GIB = 2**30
 GUIDANCE = 7.5
@@ -42,7 +43,7 @@ def run(
     compiled: bool = True,
     ours: bool = True,
     calls: int = 0,
-) -> tuple[list[dict], list[str], list[str]]:
+) -> Measured:
     """Rows of the benchmark file, the peers that are missing, and notes; `batches` are images at a time.
 
     Every sample is a call in a new process, one after the other, so that its memory can be seen and that several copies
@@ -164,3 +165,29 @@ def cells(row) -> list[str]:
         f"{row.compilation_s:.1f}",
         "-" if cached is None or np.isnan(cached) else f"{cached:.1f}",
     ]
+
+
+def run_as_asked(args, _) -> Measured:
+    """`run` with the options of `eval.benchmark`."""
+    few, which = (args.rounds, args.peers), (args.torch_compile, args.ours)
+    return run(args.model, args.image_batches, args.image_steps, *few, *which, args.image_calls)
+
+
+def check(args) -> None:
+    """ValueError for a negative number of calls."""
+    require_count("--image-calls", args.image_calls, 0)
+
+
+STAGES.register(
+    Stage(
+        name="image",
+        title="from token ids to pixels",
+        version=1,
+        rank=60,
+        run=run_as_asked,
+        columns=COLUMNS,
+        cells=cells,
+        check=check,
+        fewest_rounds=1,
+    )
+)

@@ -62,7 +62,9 @@ def _make(request: dict[str, Any]):
     def peak():
         return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
-    image = lambda: jax.block_until_ready(compiled(*args))  # noqa: E731
+    def image():
+        return jax.block_until_ready(compiled(*args))
+
     return about, image, None if jax.default_backend() == "cpu" else peak
 
 

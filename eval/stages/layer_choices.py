@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from eval.markdown import interval
 from eval.measure import Contender, measure
+from eval.stages import STAGES, Measured, Stage
 from megjax.cost import nominal_flops
 from megjax.diffusion import attention, layers
 from megjax.diffusion.winograd import winograd
@@ -44,7 +46,7 @@ def run(
     doublings: Sequence[tuple[int, int]] = DOUBLINGS,
     attentions: Sequence[tuple[int, int, int]] = ATTENTIONS,
     decoder: Sequence[tuple[int, int]] = DECODER,
-) -> tuple[list[dict], list[str], list[str]]:
+) -> Measured:
     """Rows of the benchmark file, no missing peers, and notes; RuntimeError where a way computes something else."""
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     rows, notes = [], [f"Numbers are {jnp.dtype(dtype).name}."]
@@ -89,7 +91,7 @@ def cells(row) -> list[str]:
     size = getattr(row, "temporary_bytes", None)
     return [
         row.implementation,
-        f"{1e3 * row.seconds:.3g} [{1e3 * low:.3g}, {1e3 * high:.3g}]",
+        interval(1e3 * row.seconds, 1e3 * low, 1e3 * high, ".3g"),
         f"{row.flops_per_second / 1e12:.3f}",
         f"{row.ratio_to_first:.2f}",
         "-" if size is None else f"{size / 2**20:,.0f}",
@@ -126,7 +128,9 @@ def cases(
         yield Case(f"doubling of {side}x{side} and convolution, {channels} channels", args, ways, taken)
     for tokens, heads, size in attentions:
         args = tuple(draw(batch, tokens, heads * size) for _ in range(3))
-        split = lambda x, heads=heads: x.reshape(*x.shape[:2], heads, -1)  # noqa: E731
+
+        def split(x, heads=heads):
+            return x.reshape(*x.shape[:2], heads, -1)
 
         def whole(*args, split=split, **options):
             return attention.dot_product(*map(split, args), **options).reshape(args[0].shape)
@@ -202,3 +206,16 @@ def attend_without_maximum(query: jax.Array, key: jax.Array, value: jax.Array) -
 
     out = jax.lax.map(one_head, tuple(of_heads))
     return out.reshape(batch, heads, tokens, size).transpose(0, 2, 1, 3)
+
+
+STAGES.register(
+    Stage(
+        name="layers",
+        title="ways to compute the costly layers",
+        version=1,
+        rank=40,
+        run=lambda args, _: run(2, args.rounds),
+        columns=COLUMNS,
+        cells=cells,
+    )
+)

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from eval.peers.lines import serve
-from eval.stages import profile
+from eval.stages import STAGES, Measured, Stage, profile
 from megjax import hlo
 
 COLUMNS = ["stage", "seconds a call", "GFLOP a call", "TFLOP/s", "of matmul", "GB a call", "GB/s", "of copy"]
 SAMPLES = 5
 
 
-def run(limits: dict[str, float], stages: tuple[str, ...] = profile.STAGES) -> tuple[list[dict], list[str], list[str]]:
+def run(limits: dict[str, float], stages: tuple[str, ...] = profile.PROGRAMS) -> Measured:
     """Rows of the benchmark file next to the machine's `limits` (`eval.measure.ceilings`), no missing peers, and notes.
 
     Each stage runs in a process of its own.
@@ -77,6 +77,20 @@ def _make(request: dict[str, Any]):
         samples.append(time.perf_counter() - started)
     work = work_of(call, request["dump"])
     return {"seconds": statistics.median(samples), "flops": work.flops, "bytes": work.bytes}, call, None
+
+
+STAGES.register(
+    Stage(
+        name="limits",
+        title="operations and bytes a second next to the machine's",
+        version=1,
+        rank=110,
+        run=lambda args, ceilings: run(ceilings),
+        columns=COLUMNS,
+        cells=cells,
+        needs_ceilings=True,
+    )
+)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eval.markdown import interval
 from eval.measure import Contender, measure
+from eval.stages import STAGES, Measured, Stage
 from megjax.channel import RayleighFading
 from megjax.channel.numerics import squared_magnitude
+from megjax.configs import require, require_count
 from megjax.power import PPO, EqualPower, PowerControl, PPOConfig, causal_optimum, power_problem, weighted_errors
 from megjax.power.environment import EnvParams
 
@@ -26,9 +29,7 @@ HELD_OUT, HELD_OUT_SNR_DB, GAP_SHARE, EVERY = 8192, (-10.0, 0.0, 10.0), 0.95, 5
 COLUMNS = ["implementation", "thousand steps/s", "of PureJaxRL-style", "of stable-baselines3", "compilation (s)"]
 
 
-def run(
-    batches: tuple[int, ...], envs: tuple[int, ...], gap_updates: int, rounds: int, with_peers: bool
-) -> tuple[list[dict], list[str], list[str]]:
+def run(batches: tuple[int, ...], envs: tuple[int, ...], gap_updates: int, rounds: int, with_peers: bool) -> Measured:
     """Rows of the benchmark file, the peers that are missing, and notes.
 
     Rollouts run at each of `batches` environments, training at each of `envs`; `gap_updates` is the length of the
@@ -88,7 +89,7 @@ def cells(row) -> list[str]:
     ratios = [getattr(row, f"ratio_to_{peer}") for peer in PEERS]
     return [
         row.implementation,
-        f"{row.steps_per_second / 1e3:,.0f} [{low / 1e3:,.0f}, {high / 1e3:,.0f}]",
+        interval(row.steps_per_second / 1e3, low / 1e3, high / 1e3, ",.0f"),
         *("-" if ratio is None or np.isnan(ratio) else f"{ratio:.2f}" for ratio in ratios),
         f"{row.compilation_s:.1f}",
     ]
@@ -207,7 +208,10 @@ def time_to_gap(env: PowerControl, params: EnvParams, config: PPOConfig, seed: i
         return -jax.vmap(weighted_errors, (None, 0, 0))(problem, gains, power).sum(1).mean()
 
     problems = [power_problem(snr_db, env.num_blocks) for snr_db in HELD_OUT_SNR_DB]
-    returns_of = lambda policy: np.array([mean_return(policy, problem) for problem in problems])  # noqa: E731
+
+    def returns_of(policy):
+        return np.array([mean_return(policy, problem) for problem in problems])
+
     equal, best = returns_of(EqualPower()), returns_of(causal_optimum(fading))
     ppo = PPO(config, env)
     state = jax.jit(ppo.init)(jax.random.key(seed))
@@ -238,3 +242,24 @@ def gap_note(config: PPOConfig, gap: Gap) -> str:
         f"Time to {100 * GAP_SHARE:.0f} % of {where}, one policy for all SNRs: {gap.seconds:.1f} s, {total:.1f} s with "
         f"compilation ({gap.updates} updates, {steps:,} steps, then {shares} %; {training})."
     )
+
+
+def check(args) -> None:
+    """ValueError for numbers of environments or updates that PPO cannot have."""
+    fits = all(num % SHAPE["minibatches"] == 0 for num in args.envs)
+    require(fits, "--envs", args.envs, f"multiples of {SHAPE['minibatches']}, the minibatches")
+    require_count("--gap-updates", args.gap_updates, 0)
+
+
+STAGES.register(
+    Stage(
+        name="power",
+        title="rollouts of power control and PPO",
+        version=1,
+        rank=30,
+        run=lambda args, _: run(args.batches, args.envs, args.gap_updates, args.rounds, args.peers),
+        columns=COLUMNS,
+        cells=cells,
+        check=check,
+    )
+)

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from eval.peers.lines import Served, serve
+from eval.stages import STAGES, Measured, Stage
 
-STAGES = ("channel", "codec", "power", "diffusion", "system")
+PROGRAMS = ("channel", "codec", "power", "diffusion", "system")
+"""Stages whose program is looked at."""
 NUM_COSTS = 3
 COLUMNS = ["function", "where", "share of the time (%)"]
 _OPS = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = .*? ([a-z][\w\-]*)\((?:.*stack_frame_id=(\d+))?", re.MULTILINE)
 _CONTAINERS = {"while", "call", "conditional"}
 
 
-def run(stages: tuple[str, ...] = STAGES) -> tuple[list[dict], list[str], list[str]]:
+def run(stages: tuple[str, ...] = PROGRAMS) -> Measured:
     """Rows of the benchmark file, no missing peers, and notes. Each stage is traced in a process of its own."""
     rows, notes = [], ["Time is that of XLA's operations, added over threads, in one call after the first."]
     for stage in stages:
@@ -164,6 +166,19 @@ def _make(request: dict[str, Any]):
     call = program(request["stage"])
     call()
     return {"costs": costs_of(call, request["dump"])}, call, None
+
+
+STAGES.register(
+    Stage(
+        name="profile",
+        title="the largest costs of every program",
+        version=1,
+        rank=120,
+        run=lambda args, _: run(),
+        columns=COLUMNS,
+        cells=cells,
+    )
+)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from eval.aot_jobs import model_configs
+from eval.markdown import interval
 from eval.measure import Contender, measure
+from eval.stages import STAGES, Measured, Stage
 from eval.stages.diffusion import UNetCall
 from megjax.diffusion.pipeline import StableDiffusion
 
@@ -15,7 +17,7 @@ UNET_SIDES, UNET_BATCHES = (256, 384, 512), (2, 4)
 COLUMNS = ["setting", "ms a call", "ms an image", "to the first", "first call (s)"]
 
 
-def run(rounds: int, with_unet: bool = True) -> tuple[list[dict], list[str], list[str]]:
+def run(rounds: int, with_unet: bool = True) -> Measured:
     """Rows of the benchmark file, no missing peers, and notes; one thing varies in every case."""
     pipe, rows = StableDiffusion.from_pretrained("scenes"), []
     prompt = ["a red house under a night sky"]
@@ -74,8 +76,21 @@ def cells(row) -> list[str]:
     low, high = row.seconds_quartiles
     return [
         row.implementation,
-        f"{1e3 * row.seconds:,.4g} [{1e3 * low:,.4g}, {1e3 * high:,.4g}]",
+        interval(1e3 * row.seconds, 1e3 * low, 1e3 * high, ",.4g"),
         f"{1e3 * row.seconds_an_image:,.4g}",
         f"{row.to_the_first:.2f}",
         f"{row.first_call_s:.1f}",
     ]
+
+
+STAGES.register(
+    Stage(
+        name="scaling",
+        title="cost over batch, size and steps",
+        version=1,
+        rank=90,
+        run=lambda args, _: run(args.rounds, args.model != "scenes"),
+        columns=COLUMNS,
+        cells=cells,
+    )
+)

@@ -8,21 +8,25 @@ from typing import Any
 
 from tqdm import tqdm
 
-from eval.peers.lines import Served, serve
+from eval.markdown import interval
+from eval.peers.lines import Served
+from eval.stages import STAGES, Measured, Stage
+from eval.startup_process import PARTS
 
 EMPTY, WARM = "nothing kept", "programs kept on disk"
-PARTS = ("imports_s", "weights_s", "first_image_s", "next_image_s")
 COLUMNS = ["start", "to the first image (s)", "imports (s)", "weights (s)", "first image (s)", "next image (ms)"]
 
 
-def run(rounds: int) -> tuple[list[dict], list[str], list[str]]:
+def run(rounds: int) -> Measured:
     """Rows of the benchmark file, no missing peers, no notes; every sample is a process of its own."""
     samples: dict[str, list[dict[str, Any]]] = {EMPTY: [], WARM: []}
     for _ in tqdm(range(rounds), leave=False, desc="start-up"):
         with tempfile.TemporaryDirectory() as cache:
             for name in samples:  # the second finds what the first kept
                 started = time.perf_counter()
-                served = Served([sys.executable, "-m", "eval.stages.startup"], {}, {"JAX_COMPILATION_CACHE_DIR": cache})
+                served = Served(
+                    [sys.executable, "-m", "eval.startup_process"], {}, {"JAX_COMPILATION_CACHE_DIR": cache}
+                )
                 seconds = time.perf_counter() - started - served.about["next_image_s"]
                 samples[name].append({"seconds": seconds, **served.about})
                 served.close()
@@ -40,27 +44,17 @@ def cells(row) -> list[str]:
     """One line of the table."""
     low, high = row.seconds_range
     parts = [f"{row.imports_s:.2f}", f"{row.weights_s:.2f}", f"{row.first_image_s:.2f}"]
-    return [row.implementation, f"{row.seconds:.2f} [{low:.2f}, {high:.2f}]", *parts, f"{1e3 * row.next_image_s:.0f}"]
+    return [row.implementation, interval(row.seconds, low, high, ".2f"), *parts, f"{1e3 * row.next_image_s:.0f}"]
 
 
-def _make(request: dict[str, Any]):
-    started = time.perf_counter()
-    import jax
-
-    from megjax.diffusion.pipeline import StableDiffusion
-    from megjax.runtime import enable_compilation_cache
-
-    enable_compilation_cache()
-    times = [started, time.perf_counter()]
-    pipe = StableDiffusion.from_pretrained("scenes")
-    times.append(time.perf_counter())
-    ids = pipe.tokenize(["a red house under a night sky"])
-    for i in range(2):
-        jax.block_until_ready(pipe.generate(jax.random.key(i), ids))
-        times.append(time.perf_counter())
-    parts = (later - earlier for earlier, later in zip(times, times[1:], strict=False))
-    return dict(zip(PARTS, parts, strict=True)), lambda: None, None
-
-
-if __name__ == "__main__":
-    serve(_make)
+STAGES.register(
+    Stage(
+        name="startup",
+        title="a new process to its first image",
+        version=1,
+        rank=100,
+        run=lambda args, _: run(args.rounds),
+        columns=COLUMNS,
+        cells=cells,
+    )
+)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from eval import markdown
 from eval.stages.codec import COMPILED, EAGER
 
 COLUMNS = ("stage", "measured", "beside", "megjax is", "aim", "reached", "device")
@@ -44,10 +45,7 @@ def table(results: list[dict[str, Any]]) -> str:
     """The table as Markdown, of the results of the stages in any order; nothing where none has a peer beside it."""
     ordered = sorted(results, key=lambda result: [*RATES, result["stage"]].index(result["stage"]))
     lines = [line for result in ordered for line in _lines(result)]
-    if not lines:
-        return ""
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *lines]
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    return markdown.table(COLUMNS, lines, "l" * len(COLUMNS)) if lines else ""
 
 
 def _lines(result: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -7,7 +7,9 @@ from types import ModuleType
 import jax
 import numpy as np
 
+from eval.markdown import interval
 from eval.measure import Contender, Timing, measure, prepare_torch
+from eval.stages import STAGES, Measured, Stage
 from eval.stages.codec import EAGER, NO_DEVICE, peer, torch_modes
 from megjax.codec import SeedCodec
 from megjax.data.latents import over_devices
@@ -33,7 +35,7 @@ def run(
     with_peers: bool,
     compiled: bool = True,
     ours: bool = True,
-) -> tuple[list[dict], list[str], list[str]]:
+) -> Measured:
     """Rows of the benchmark file, the peers that are missing, and notes.
 
     `images` latents go over so many realisations each, `batch` receptions at a time. `compiled` also measures
@@ -162,7 +164,7 @@ def cells(row) -> list[str]:
     ratio = row.ratio_to_eager
     return [
         row.implementation,
-        f"{row.images_per_second:,.1f} [{low:,.1f}, {high:,.1f}]",
+        interval(row.images_per_second, low, high, ",.1f"),
         f"{1e3 / row.images_per_second:,.2f}",
         "-" if ratio is None or np.isnan(ratio) else f"{ratio:.2f}",
         f"{row.first_call_s:.1f}",
@@ -197,3 +199,19 @@ def torch_contenders(
 
         contenders.append(Contender(name, call))
     return contenders, [f"PyTorch {torch.__version__}{threads}.", *problems]
+
+
+STAGES.register(
+    Stage(
+        name="system",
+        title="images received a second",
+        version=1,
+        rank=70,
+        run=lambda args, _: run(
+            args.images, args.realisations, args.receptions, args.rounds, args.peers, args.torch_compile, args.ours
+        ),
+        columns=COLUMNS,
+        cells=cells,
+        splits_cpu=True,  # as eval.sweep does
+    )
+)

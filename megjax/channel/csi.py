@@ -21,8 +21,9 @@ from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
 from megjax.channel.fading import Fading
 from megjax.channel.numerics import safe_sqrt
-from megjax.channel.parameters import channel_model, check, check_count, check_noise_var, scalar
+from megjax.channel.parameters import channel_model, check, check_noise_var, scalar
 from megjax.channel.random import complex_normal, split
+from megjax.configs import require_count
 from megjax.pytrees import static
 
 
@@ -80,7 +81,7 @@ def delayed_gains(gains: Complex[Array, " n"], delay_blocks: int) -> tuple[Compl
     So that the first block too has an old gain, draw `delay_blocks` more than are sent. Raises ValueError unless
     `delay_blocks` is an integer from 0 to n - 1.
     """
-    check_count("delay_blocks", delay_blocks, smallest=0)
+    require_count("delay_blocks", delay_blocks, smallest=0)
     num_gains = gains.shape[0]
     if delay_blocks >= num_gains:
         raise ValueError(f"delay_blocks is {delay_blocks}; it must be less than the {num_gains} gains")
@@ -128,8 +129,8 @@ class ImperfectCSI:
 
     def __post_init__(self):
         _check_pilots(self.pilot_power, self.num_pilots)
-        check_count("delay_blocks", self.delay_blocks, smallest=0)
-        check_count("history", self.history, smallest=0)
+        require_count("delay_blocks", self.delay_blocks, smallest=0)
+        require_count("history", self.history, smallest=0)
 
     def sample(self, key: Key[Array, ""], fading: Fading, num_blocks: int, noise_var: ArrayLike) -> ChannelKnowledge:
         """Gains of `num_blocks` blocks of `fading` and what both ends know of them, one realisation; the caller vmaps.
@@ -137,7 +138,7 @@ class ImperfectCSI:
         The gains depend on `key`, `fading` and the blocks drawn, not on the pilots or the noise, and are those of
         `fading`. Raises ValueError for noise_var <= 0, or a law that says (`mean_gain`) that its E|h|^2 is not 1.
         """
-        check_count("num_blocks", num_blocks)
+        require_count("num_blocks", num_blocks)
         if abs((mean_gain := getattr(fading, "mean_gain", 1.0)) - 1) > 1e-6:
             raise ValueError(f"fading is {fading!r} with E|h|^2 = {mean_gain:.4g}; estimates are made for E|h|^2 = 1")
         fading_key, pilot_key = split(key)

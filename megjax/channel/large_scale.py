@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Key
 
-from megjax.channel.parameters import channel_model, check, check_count, scalar
+from megjax.channel.parameters import channel_model, check, scalar
+from megjax.configs import require_count
 from megjax.keys import threefry
 from megjax.pytrees import static
 from megjax.units import db_to_linear, linear_to_db
@@ -191,7 +192,7 @@ class Cell:
 
     def drop(self, key: Key[Array, ""], num_users: int) -> Drop:
         """`num_users` independent users; ValueError when there are none, or when a leaf is an array (vmap over it)."""
-        check_count("num_users", num_users)
+        require_count("num_users", num_users)
         constants = SCENARIOS[self.scenario]
         distance_key, los_key, environment_key, shadowing_key = jax.random.split(threefry(key), 4)
         height, h_bs = self._leaf("h_ut_m"), self._leaf("h_bs_m")

@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
 from megjax.channel.numerics import safe_sqrt, squared_magnitude
-from megjax.channel.parameters import channel_model, check, check_count
+from megjax.channel.parameters import channel_model, check
 from megjax.channel.random import complex_normal
+from megjax.configs import require_count
 from megjax.precision import exact_matmul
 from megjax.pytrees import static
 
@@ -45,8 +46,8 @@ class MIMOFading:
     normalize: bool = static(False)
 
     def __post_init__(self):
-        check_count("num_tx", self.num_tx)
-        check_count("num_rx", self.num_rx)
+        require_count("num_tx", self.num_tx)
+        require_count("num_rx", self.num_rx)
         if self.combining not in COMBINING:
             raise ValueError(f"combining is {self.combining!r}; it must be one of {', '.join(COMBINING)}")
         single = {"mrc": "num_tx", "mrt": "num_rx"}.get(self.combining)
@@ -74,7 +75,7 @@ class MIMOFading:
 
     def sample_matrices(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, "t r n"]:
         """Channel matrices [t r n] with independent CN(0, 1) elements."""
-        check_count("num_blocks", num_blocks)
+        require_count("num_blocks", num_blocks)
         # Drawn with the blocks last, so that sums over antennas run along the vector units of a CPU, not across them.
         return jnp.moveaxis(complex_normal(key, (self.num_rx, self.num_tx, num_blocks)), -1, 0)
 
@@ -191,8 +192,8 @@ def mean_largest_eigenvalue(num_tx: int, num_rx: int) -> float:
     where the determinant is well conditioned, and 1 - P is integrated numerically. Raises ValueError for counts below
     1.
     """
-    check_count("num_tx", num_tx)
-    check_count("num_rx", num_rx)
+    require_count("num_tx", num_tx)
+    require_count("num_rx", num_rx)
     smaller, larger = sorted((num_tx, num_rx))
     if smaller == 1:
         return float(larger)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
-from megjax.channel.parameters import channel_model, check, check_count, scalar
+from megjax.channel.parameters import channel_model, check, scalar
 from megjax.channel.phasor import rotation
 from megjax.channel.tdl import TappedDelayLine
+from megjax.configs import require_count
 from megjax.precision import exact_matmul
 from megjax.pytrees import static
 
@@ -49,9 +50,9 @@ class OFDM:
     def __post_init__(self):
         if isinstance(self.tdl, type) or not hasattr(self.tdl, "max_delay_s"):
             raise ValueError(f"tdl is {self.tdl!r}; it must be a tapped delay line such as TDL('A', 100e-9)")
-        check_count("num_subcarriers", self.num_subcarriers)
-        check_count("cyclic_prefix", self.cyclic_prefix, 0)
-        check_count("resource_block_size", self.resource_block_size)
+        require_count("num_subcarriers", self.num_subcarriers)
+        require_count("cyclic_prefix", self.cyclic_prefix, 0)
+        require_count("resource_block_size", self.resource_block_size)
         if self.resource_block_size > self.num_subcarriers:
             raise ValueError(
                 f"resource_block_size is {self.resource_block_size}; it must be at most num_subcarriers="
@@ -62,7 +63,7 @@ class OFDM:
                 f"cyclic_prefix is {self.cyclic_prefix}; it must be below num_subcarriers={self.num_subcarriers}"
             )
         if self.advance is not None:
-            check_count("advance", self.advance, 0)
+            require_count("advance", self.advance, 0)
             if self.advance > self.cyclic_prefix:
                 raise ValueError(
                     f"advance is {self.advance}; it must be at most cyclic_prefix={self.cyclic_prefix} samples"
@@ -111,7 +112,7 @@ class OFDM:
 
     def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
         """Gains [t] of the first `num_blocks` resource blocks, each the response at its centre; E|h_t|^2 = 1."""
-        check_count("num_blocks", num_blocks)
+        require_count("num_blocks", num_blocks)
         slots = -(-num_blocks // self.blocks_per_slot)
         width, blocks = self.resource_block_size, min(num_blocks, self.blocks_per_slot)
         # In half spacings, because the centre of an even number of subcarriers lies between two of them.

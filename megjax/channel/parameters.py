@@ -98,13 +98,6 @@ def check_noise_var(noise_var: Any) -> None:
     check("noise_var", noise_var, "finite and more than 0", lambda var: var > 0)
 
 
-def check_count(name: str, value: Any, smallest: int = 1) -> None:
-    """ValueError unless `value` is an integer of at least `smallest`."""
-    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not integer or value < smallest:
-        raise ValueError(f"{name} is {value!r}; it must be an integer of {smallest} or more")
-
-
 def number(law: Any, name: str) -> float:
     """A law's leaf as a Python number; ValueError when it is an array, or traced, as tables are made outside jit."""
     value, owner = getattr(law, name), type(law).__name__

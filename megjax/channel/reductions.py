@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from megjax.channel.parameters import check_count
+from megjax.configs import require_count
 
 _GROUP = 256
 """Values summed one after the other in float32; longer sums are sums of groups, which keeps rounding small."""
@@ -105,7 +105,7 @@ class Histogram:
     bins: int = 100
 
     def __post_init__(self):
-        check_count("bins", self.bins)
+        require_count("bins", self.bins)
         if not -np.inf < self.low < self.high < np.inf:
             raise ValueError(f"low, high are {self.low!r}, {self.high!r}; they must be finite and increasing")
 

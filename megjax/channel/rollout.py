@@ -4,24 +4,23 @@ import functools
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Key
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from megjax.channel.parameters import check_count
 from megjax.channel.random import fold_in_each
 from megjax.channel.reductions import Moments, Reduction
-from megjax.configs import in_one_step
+from megjax.configs import require_count
+from megjax.files import read_safetensors, read_safetensors_metadata, write_safetensors
 from megjax.keys import threefry
+from megjax.sharding import mesh_of
 
 _LIMIT = 2**32 - 1
 _SAVE_EVERY_S = 10.0
@@ -115,8 +114,8 @@ def _merge(reduction: Reduction, total: Any, parts: Any, num_devices: int) -> An
 
 def _check(key: Any, fn: Any, num: Any, chunk: Any, args: Any, reduction: Any) -> None:
     """ValueError for arguments of `rollout` that cannot work."""
-    check_count("num", num)
-    check_count("chunk", chunk)
+    require_count("num", num)
+    require_count("chunk", chunk)
     if num > _LIMIT:
         raise ValueError(f"num is {num}; it must be at most 2^32 - 1 = {_LIMIT}")
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((key, args))):
@@ -148,7 +147,7 @@ def _compiled_step(fn: Callable, reduction: Reduction, share: int, devices: tupl
 
 def _make_step(fn: Callable[..., Any], reduction: Reduction, share: int, devices: tuple) -> Callable[..., Any]:
     """jit of (key, first index, num, args) -> the parts of one chunk, stacked over devices on the first axis."""
-    mesh = Mesh(np.array(devices), ("data",))
+    mesh = mesh_of(devices)
 
     def part(key, start, num, args):
         offset = jnp.uint32(jax.lax.axis_index("data")) * np.uint32(share)
@@ -242,17 +241,13 @@ class _Checkpoint:
         """Realisations done and their sums; (0, None) without a file."""
         if not self.path.exists():
             return 0, None
-        try:
-            with safe_open(self.path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                leaves = [_load_leaf(file, i) for i in range(len(file.keys()))]
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"checkpoint {str(self.path)!r} cannot be read: {error}") from None
-        if metadata.get("rollout") != self.fingerprint or len(leaves) != structure.num_leaves:
+        metadata, arrays = read_safetensors_metadata(self.path), read_safetensors(self.path)
+        if metadata.get("rollout") != self.fingerprint or len(arrays) != structure.num_leaves:
             raise ValueError(
                 f"checkpoint {str(self.path)!r} belongs to another rollout (key, fn, args or reduction differ); "
                 "remove it or name another file"
             )
+        leaves = [_stored_leaf(arrays, i) for i in range(len(arrays))]
         return int(metadata["done"]), jax.tree.unflatten(structure, leaves)
 
     def save(self, done: int, total: Any, at_once: bool) -> None:
@@ -260,8 +255,7 @@ class _Checkpoint:
         if not at_once and time.monotonic() - self.saved_at < _SAVE_EVERY_S:
             return
         leaves = dict(_named_leaf(i, np.asarray(leaf, order="C")) for i, leaf in enumerate(jax.tree.leaves(total)))
-        with in_one_step(self.path) as part:
-            save_file(leaves, part, metadata={"rollout": self.fingerprint, "done": str(done)})
+        write_safetensors(self.path, leaves, {"rollout": self.fingerprint, "done": str(done)})
         self.saved_at = time.monotonic()
 
 
@@ -272,7 +266,6 @@ def _named_leaf(i: int, leaf: np.ndarray) -> tuple[str, np.ndarray]:
     )
 
 
-def _load_leaf(file: safe_open, i: int) -> np.ndarray:
-    if f"{i}.pairs" in file.keys():  # noqa: SIM118
-        return file.get_tensor(f"{i}.pairs").view(np.complex128)[..., 0]
-    return file.get_tensor(f"{i}")
+def _stored_leaf(arrays: Mapping[str, np.ndarray], i: int) -> np.ndarray:
+    pairs = arrays.get(f"{i}.pairs")
+    return arrays[f"{i}"] if pairs is None else pairs.view(np.complex128)[..., 0]

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
-from megjax.channel.parameters import channel_model, check, check_count, scalar
+from megjax.channel.parameters import channel_model, check, scalar
 from megjax.channel.phasor import rotation
 from megjax.channel.random import complex_normal, split, uniform, unit_phasor
 from megjax.channel.tdl_profiles import PROFILES, TDLProfile
+from megjax.configs import require_count
 from megjax.precision import exact_matmul
 from megjax.pytrees import static
 
@@ -68,7 +69,7 @@ class TDL:
         check("delay_spread_s", self.delay_spread_s, "0 or more seconds", lambda value: value >= 0)
         check("doppler_hz", self.doppler_hz, "0 Hz or more", lambda value: value >= 0)
         check("interval_s", self.interval_s, "more than 0 seconds", lambda value: value > 0)
-        check_count("num_paths", self.num_paths, 2)
+        require_count("num_paths", self.num_paths, 2)
         if self.num_paths % 2:
             raise ValueError(f"num_paths is {self.num_paths}; it must be even")
 
@@ -99,7 +100,7 @@ class TDL:
 
     def sample(self, key: Key[Array, ""], n: int) -> Complex[Array, "t l"]:
         """Taps complex64 [n l] at n successive snapshots, one realisation; with doppler_hz = 0 all rows are equal."""
-        check_count("n", n)
+        require_count("n", n)
         turns = scalar("doppler_hz", self.doppler_hz) * scalar("interval_s", self.interval_s)
         rayleigh_key, phase_key = split(key)
         taps = _clarke(rayleigh_key, turns, n, np.sqrt(self._table.rayleigh_powers), self.num_paths)

@@ -19,7 +19,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from megjax.channel.modulation import bits_per_symbol
 from megjax.channel.numerics import safe_sqrt
-from megjax.channel.parameters import check, check_count
+from megjax.channel.parameters import check
 from megjax.channel.special import (
     bessel_j0,
     exp1_ratio,
@@ -29,6 +29,7 @@ from megjax.channel.special import (
     rice_cdf,
     scaled_exp1,
 )
+from megjax.configs import require_count
 
 __all__ = [
     "average_fade_duration_rayleigh",
@@ -90,7 +91,7 @@ def ber_rayleigh(snr: ArrayLike, modulation: str, num_branches: int = 1) -> Valu
     fading channels (diversity, binary signals).
     """
     snr = _non_negative("snr", snr)
-    check_count("num_branches", num_branches)
+    require_count("num_branches", num_branches)
     if num_branches > 64:
         raise ValueError(f"num_branches is {num_branches}; it must be at most 64")
 

@@ -9,15 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Complex, Float
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from megjax.channel import MAPPINGS
 from megjax.codec import link
 from megjax.codec.coders import LearnedCoder
 from megjax.codec.importance import block_weights
 from megjax.codec.network import SeedCodecConfig, SeedNetwork
-from megjax.configs import from_mapping, in_one_step, read_json, require, require_count, require_type, write_json
+from megjax.configs import from_mapping, read_json, require, require_count, require_type, write_json
+from megjax.files import read_safetensors, write_safetensors
 from megjax.keys import from_seed
 from megjax.units import check_snr_db
 
@@ -57,7 +56,7 @@ class SeedCodec:
         graph, shapes = nnx.split(network)
         state = _read_state(folder / WEIGHTS_NAME, shapes)
         path = folder / VALIDATION_NAME
-        validation = read_tensors(path)["latents"].astype(np.float32) if path.is_file() else None
+        validation = read_safetensors(path)["latents"].astype(np.float32) if path.is_file() else None
         if validation is not None:
             found = validation.shape[1:]
             require(found == config.latent_shape, f"{path}: latents' shape", found, str(config.latent_shape))
@@ -73,9 +72,9 @@ class SeedCodec:
         for path, variable in nnx.to_flat_state(self.state):
             kind = dtype if isinstance(variable, nnx.Param) else np.float32
             tensors[".".join(map(str, path))] = np.ascontiguousarray(np.asarray(variable[...]).astype(kind))
-        _write_tensors(folder / WEIGHTS_NAME, tensors)
+        write_safetensors(folder / WEIGHTS_NAME, tensors)
         if self.validation is not None:
-            _write_tensors(folder / VALIDATION_NAME, {"latents": self.validation.astype(dtype)})
+            write_safetensors(folder / VALIDATION_NAME, {"latents": self.validation.astype(dtype)})
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -181,33 +180,10 @@ def decode(graph, state, symbols, block_snr, snr_db, *, num_symbols: int, mappin
     return network.decode(received.estimate, received.snr, *levels)
 
 
-def _write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    with in_one_step(path) as part:
-        part.write_bytes(save(tensors))  # save_file would keep other users from reading it
-
-
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file; ValueError naming the file if it is damaged or absent."""
-    try:
-        with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-
-
 def _read_state(path: Path, shapes: nnx.State) -> nnx.State:
     """Weights of a file as float32, strictly: ValueError lists the tensors that are missing, foreign or misshapen."""
-    tensors = read_tensors(path)
-    flat = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(shapes)}
-    problems = [f"{name} is missing" for name in sorted(flat.keys() - tensors.keys())]
-    problems += [f"{name} is unknown" for name in sorted(tensors.keys() - flat.keys())]
-    for name in sorted(flat.keys() & tensors.keys()):
-        found, wanted = tensors[name].shape, flat[name][1].shape
-        if found != wanted:
-            problems.append(f"{name} has shape {found} instead of {wanted}")
-        elif not np.all(np.isfinite(tensors[name])):
-            problems.append(f"{name} has values that are not finite")
-    if problems:
-        raise ValueError(f"{path} does not fit its configuration: {'; '.join(problems)}")
-    leaves = {name: jnp.asarray(tensors[name], jnp.float32) for name in flat}
-    return nnx.from_flat_state([(path, v.replace(leaves[name])) for name, (path, v) in flat.items()])
+    places = {".".join(map(str, keys)): (keys, variable) for keys, variable in nnx.to_flat_state(shapes)}
+    found = read_safetensors(path, {name: variable for name, (_, variable) in places.items()})
+    return nnx.from_flat_state(
+        [(keys, variable.replace(jnp.asarray(found[name], jnp.float32))) for name, (keys, variable) in places.items()]
+    )

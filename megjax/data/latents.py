@@ -12,17 +12,17 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from tqdm import tqdm
 
-from megjax.configs import in_one_step, require
+from megjax.configs import require, require_count
 from megjax.data import scenes
 from megjax.diffusion.pipeline import StableDiffusion
+from megjax.files import read_safetensors, read_safetensors_metadata, write_safetensors
 from megjax.keys import from_seed
 from megjax.processes import gather, is_first, joint, num_processes, process_id, wait_for_file
+from megjax.sharding import data_mesh
 
 FORMAT = "megjax latents 1"
 MAX_SEED = 2**32 - 1
@@ -43,8 +43,8 @@ def scene_captions(num: int, seed: int = 0, split: str = "train") -> list[str]:
 
     Raises ValueError if `num` is below 1, `seed` is not in [0, 2^32) or there is no such split.
     """
-    _check_integer("num", num, 1)
-    _check_integer("seed", seed, 0, MAX_SEED)
+    require_count("num", num, 1)
+    require_count("seed", seed, 0, MAX_SEED)
     key = from_seed(seed)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(num))
     drawn = jax.device_get(jax.jit(jax.vmap(lambda k: scenes.sample_scene(k, split)))(keys))
@@ -79,8 +79,8 @@ def generate(
     require(len(prompts) > 0, "prompts", list(prompts), "a list of at least one string")
     for prompt in prompts:
         require(isinstance(prompt, str), "prompt", prompt, "a string")
-    _check_integer("shard_size", shard_size, 1)
-    _check_integer("seed", seed, 0, MAX_SEED)
+    require_count("shard_size", shard_size, 1)
+    require_count("seed", seed, 0, MAX_SEED)
     require(bool(np.isfinite(guidance_scale)), "guidance_scale", guidance_scale, "finite")
     pipe.sampler(sampler, num_steps)
     pipe.latent_shape()
@@ -127,9 +127,9 @@ def encode(
     Latent i depends on the model, `draw`, `seed`, `shard_size` and i only: shards are always whole, and any `num`
     extends or shortens a cache. Errors as in `generate`, and for a `draw` that makes another number of images.
     """
-    _check_integer("num", num, 1)
-    _check_integer("shard_size", shard_size, 1)
-    _check_integer("seed", seed, 0, MAX_SEED)
+    require_count("num", num, 1)
+    require_count("shard_size", shard_size, 1)
+    require_count("seed", seed, 0, MAX_SEED)
     require(bool(source.strip()), "source", source, "the name of what draws the images")
     key, images = from_seed(seed), jax.jit(lambda k: draw(k, shard_size))
     identity = {"model": model_digest(pipe), "shard_size": str(shard_size), "source": source, "seed": _digest(seed)}
@@ -147,10 +147,7 @@ def over_devices(batch: int) -> Callable[[np.ndarray], Array]:
 
     On the first of them if they do not divide `batch`.
     """
-    devices = np.asarray(jax.local_devices())
-    sharding = NamedSharding(
-        Mesh(devices if batch % len(devices) == 0 else devices[:1], ("data",)), PartitionSpec("data")
-    )
+    sharding = NamedSharding(data_mesh(batch), PartitionSpec("data"))
     return lambda values: jax.device_put(values, sharding)
 
 
@@ -239,11 +236,7 @@ def load(folder: Path) -> Float[np.ndarray, "n h w c"]:
 
 def read_identity(path: Path) -> dict[str, str]:
     """What a shard was made with; ValueError if the file is damaged or is not a shard of latents."""
-    try:
-        with safe_open(path, framework="np") as file:
-            found = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to make it anew") from None
+    found = _read(read_safetensors_metadata, path)
     written = found.pop("format", None)
     require(written == FORMAT, f"{path}: format", written, repr(FORMAT))
     return found
@@ -251,30 +244,28 @@ def read_identity(path: Path) -> dict[str, str]:
 
 def read_shard(path: Path) -> Float[np.ndarray, "b h w c"]:
     """The latents of one shard; ValueError if it is damaged, is not float32 [b h w c], or is not finite."""
-    try:
-        with safe_open(path, framework="np") as file:
-            latents = file.get_tensor("latents")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to make it anew") from None
+    arrays = _read(read_safetensors, path)
+    require("latents" in arrays, f"{path}: arrays", sorted(arrays), "latents")
+    latents = arrays["latents"]
     require(latents.ndim == 4, f"{path}: shape", latents.shape, "[b h w c]")
     require(latents.dtype == np.float32, f"{path}: dtype", latents.dtype.name, "float32")
     _check_finite(latents, path)
     return latents
 
 
+def _read(reader: Callable[[Path], dict], path: Path) -> dict:
+    try:
+        return reader(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it to make it anew") from None
+
+
 def write_shard(path: Path, latents: Float[np.ndarray, "b h w c"], identity: dict[str, str]) -> None:
     """Write one shard in one step; ValueError if that fails."""
     try:
-        with in_one_step(path) as part:
-            part.write_bytes(save({"latents": latents}, metadata={"format": FORMAT, **identity}))
+        write_safetensors(path, {"latents": latents}, {"format": FORMAT, **identity})
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def _check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    allowed = f"an integer of at least {least}" + ("" if most is None else f" and at most {most}")
-    require(whole and value >= least and (most is None or value <= most), name, value, allowed)
 
 
 def _check_access(folder: Path, mode: int, allowed: str) -> None:

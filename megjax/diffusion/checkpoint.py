@@ -1,27 +1,25 @@
 """Diffusers-layout weights to and from NNX parameters, strictly: a walk over the tree plus kernel transposes."""
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from megjax.configs import read_json, require, require_content
+from megjax.configs import read_json, require
+from megjax.files import FLOAT8, misfits, read_safetensors, write_safetensors
 
 UNET_WEIGHTS = "diffusion_pytorch_model"
 TEXT_WEIGHTS = "model"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
-READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "U16", "U32", "U64", "BOOL")
-"""Types of a safetensors file that NumPy has, by their names there."""
-FLOAT8 = {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}
-"""Types of 8 bits by their names in a safetensors file, whose NumPy reader does not know them."""
 STORED = ("float32", "bfloat16", "float16", *(jnp.dtype(kind).name for kind in FLOAT8.values()))
 """Types in which weights are stored."""
-LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+LEAF_NAMES = {
+    **dict.fromkeys(("kernel", "scale", "embedding"), "weight"),
+    **{"bias": "bias", "mean": "running_mean", "var": "running_var"},
+}
 # Attention names of VAE checkpoints written before diffusers 0.17.
 LEGACY_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -83,35 +81,6 @@ def pickles_refused(where: str, names: list[str], model: str) -> ValueError:
     )
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of one safetensors file, one at a time.
-
-    Raises ValueError naming the file if it is damaged or a pointer, and the tensor too for a type that NumPy lacks.
-    """
-    try:
-        with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                kind = file.get_slice(name).get_dtype()
-                if kind in FLOAT8:
-                    yield name, _read_float8(path, name)
-                    continue
-                require(kind in READABLE, f"{path}: type of {name}", kind, f"one of {(*READABLE, *FLOAT8)}")
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        require_content(path)
-        raise ValueError(f"{path} is not a whole safetensors file (truncated or corrupted): {error}") from None
-
-
-def _read_float8(path: Path, name: str) -> np.ndarray:
-    """A tensor of 8-bit floats, from its place in the file: a length of 8 bytes, that many of JSON, then the data."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(length))[name]
-        start, end = entry["data_offsets"]
-        file.seek(8 + length + start)
-        return np.frombuffer(file.read(end - start), FLOAT8[entry["dtype"]]).reshape(entry["shape"])
-
-
 def _torch_name(path: tuple) -> str:
     return ".".join([*map(str, path[:-1]), LEAF_NAMES[path[-1]]])
 
@@ -146,34 +115,28 @@ def load_params(
     The model is only traced, so no random weights are drawn. Raises ValueError listing every missing, extra and
     mis-shaped tensor at once, or naming a damaged file.
     """
-    graph, abstract = nnx.split(nnx.eval_shape(make_model))
+    model = nnx.eval_shape(make_model)
+    graph, abstract = nnx.split(model)
     wanted = {_torch_name(path): (path, leaf) for path, leaf in nnx.to_flat_state(abstract)}
-    found, problems = {}, []
+    found, stored, shapes = {}, {}, {}
     for file in files:
-        for stored, tensor in read_tensors(file):
-            name = rename(stored)
-            if name is None:
+        for name, tensor in read_safetensors(file).items():
+            if (renamed := rename(name)) is None:
                 continue
-            if name not in wanted:
-                problems.append(f"extra {stored}")
-                continue
-            path, leaf = wanted[name]
-            expected = _torch_shape(path, leaf.shape)
-            if (
-                ".attentions.0." in name
-                and rename is vae_name
-                and len(expected) == 2
-                and tensor.shape == (*expected, 1, 1)
-            ):
-                tensor = tensor[:, :, 0, 0]  # the oldest VAE checkpoints hold attention as 1x1 convolutions
-            if tensor.shape != expected:
-                problems.append(f"{stored} has shape {tuple(tensor.shape)}, expected {expected}")
+            if renamed in wanted:
+                path, leaf = wanted[renamed]
+                expected = _torch_shape(path, leaf.shape)
+                # The oldest VAE checkpoints hold attention as 1x1 convolutions.
+                attention = ".attentions.0." in renamed and rename is vae_name and len(expected) == 2
+                tensor = tensor[:, :, 0, 0] if attention and tensor.shape == (*expected, 1, 1) else tensor
+                stored[renamed], shapes[name] = name, jax.ShapeDtypeStruct(expected, param_dtype)
             found[name] = tensor
-    problems = [f"missing {name}" for name in sorted(wanted.keys() - found.keys())] + sorted(problems)
-    if problems:
-        raise ValueError(f"{files[0].parent} does not fit its config.json: {'; '.join(problems)}")
+    shapes |= {name: wanted[name][1] for name in wanted.keys() - stored.keys()}
+    if problems := misfits(found, shapes):
+        where = files[0] if len(files) == 1 else files[0].parent
+        raise ValueError(f"{where} does not fit the configuration of {type(model).__name__}: {'; '.join(problems)}")
     flat = [
-        (path, leaf.replace(jnp.asarray(_to_jax(path, found.pop(name)), param_dtype)))
+        (path, leaf.replace(jnp.asarray(_to_jax(path, found.pop(stored[name])), param_dtype)))
         for name, (path, leaf) in wanted.items()
     ]
     return graph, nnx.from_flat_state(flat)
@@ -195,4 +158,4 @@ def save_params(params: nnx.State, path: Path, *, dtype=np.float32, prefix: str 
         prefix + _torch_name(key): np.ascontiguousarray(_to_torch(key, np.asarray(value[...])).astype(dtype))
         for key, value in nnx.to_flat_state(params)
     }
-    save_file(tensors, path, metadata={"format": "pt"})
+    write_safetensors(path, tensors, {"format": "pt"})

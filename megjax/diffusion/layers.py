@@ -294,7 +294,10 @@ def _double_by_phases(x, kernel):
 
 def _double_by_strips(x, kernel, bias):
     taps = _phase_taps(kernel)
-    doubled = lambda rows: _phases(rows, taps, pad_rows=False) + bias[None, None, None]  # noqa: E731
+
+    def doubled(rows):
+        return _phases(rows, taps, pad_rows=False) + bias[None, None, None]
+
     return strips.in_strips(doubled, x, lambda rows, image: rows)
 
 

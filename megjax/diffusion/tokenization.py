@@ -12,7 +12,8 @@ from jaxtyping import Int
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from megjax.configs import require, require_content, write_json
+from megjax.configs import require, write_json
+from megjax.files import require_content, write_text
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
@@ -90,7 +91,7 @@ def train_tokenizer(captions: Iterable[str], folder: Path, *, vocab_size: int, m
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "vocab.json", vocabulary)
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(folder / "merges.txt", "\n".join(lines) + "\n")
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     write_json(folder / "special_tokens_map.json", special)
     write_json(

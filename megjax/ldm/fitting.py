@@ -10,13 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
-from safetensors import safe_open
-from safetensors.numpy import save_file
 from tqdm import trange
 
-from megjax.configs import in_one_step, require
+from megjax.configs import require
 from megjax.data import scenes
-from megjax.diffusion import checkpoint
 from megjax.diffusion.clip import CLIPTextModel
 from megjax.diffusion.generation import Graphs
 from megjax.diffusion.layers import ShapeRngs
@@ -25,6 +22,7 @@ from megjax.diffusion.schedules import alphas_cumprod
 from megjax.diffusion.tokenization import load_tokenizer, tokenize, train_tokenizer
 from megjax.diffusion.unet import UNet2DConditionModel
 from megjax.diffusion.vae import AutoencoderKL
+from megjax.files import read_safetensors, read_safetensors_metadata, write_safetensors
 from megjax.keys import from_seed
 from megjax.ldm import stages
 from megjax.ldm.recipe import MAX_TOKENS, Recipe
@@ -115,11 +113,10 @@ def encode_scenes(
         _encode_scenes(recipe, path, vae, tokenizer, identity)
     gather()
     wait_for_file(path)
-    with safe_open(path, framework="np") as file:
-        found = file.metadata() or {}
+    found = read_safetensors_metadata(path)
     other = sorted(name for name in identity if found.get(name) != identity[name])
     require(not other, f"{path}: made with another", other, "made by this run; delete the file to make it anew")
-    return dict(checkpoint.read_tensors(path))
+    return read_safetensors(path)
 
 
 def _encode_scenes(
@@ -141,8 +138,7 @@ def _encode_scenes(
         moments = {"mean": np.asarray(mean), "log_variance": np.asarray(log_variance)}
         parts.append({**moments, "ids": ids.astype(np.int16)})
     data = {name: np.concatenate([part[name] for part in parts])[: recipe.num_images] for name in parts[0]}
-    with in_one_step(path) as part:
-        save_file(data, part, metadata=identity)
+    write_safetensors(path, data, identity)
 
 
 def scaling_factor(data: dict) -> float:
@@ -232,5 +228,5 @@ def export(recipe: Recipe, folder: Path, pipe: StableDiffusion, scenenet: tuple,
     """Write the model in the diffusers layout as its fp16 variant, with SceneNet and the link's constants beside it."""
     pipe.save_pretrained(destination, dtype=np.float16, variant="fp16")
     nnx.merge(*scenenet).save(destination / "scenenet", dtype="float16")
-    data = dict(checkpoint.read_tensors(folder / LATENTS))
+    data = read_safetensors(folder / LATENTS)
     source_statistics(recipe, data, pipe.configs.vae.scaling_factor).save(destination)

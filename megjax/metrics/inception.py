@@ -15,7 +15,6 @@ from megjax.precision import EXACT
 
 IMAGE_SIZE, NUM_FEATURES = 299, 2048
 RESIZINGS = ("bilinear", "clean")
-LEAF_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 UNUSED_PARTS = ("fc.", "AuxLogits.")
 UNUSED_LEAF = ".num_batches_tracked"
 
@@ -246,8 +245,7 @@ class Inception(nnx.Module):
                 f"{path} is a pickle, which is refused because loading one can run any code; convert it where you "
                 "trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), 'inception.safetensors')"
             )
-        graph, abstract = nnx.split(nnx.eval_shape(lambda: cls(ShapeRngs(), resizing)))
-        return nnx.merge(graph, _read(path, abstract))
+        return nnx.merge(*checkpoint.load_params(lambda: cls(ShapeRngs(), resizing), [path], rename=_kept_name))
 
 
 def resize(images: Float[Array, "b h w c"], resizing: str = "bilinear") -> Float[Array, "b 299 299 c"]:
@@ -263,24 +261,6 @@ def resize(images: Float[Array, "b h w c"], resizing: str = "bilinear") -> Float
     return jax.image.resize(images, shape, "bilinear", antialias=False)
 
 
-def _read(path: Path, abstract: nnx.State) -> nnx.State:
-    """The tensors of `path` in the places of `abstract`."""
-    places = {".".join([*keys[:-1], LEAF_NAMES[keys[-1]]]): (keys, leaf) for keys, leaf in nnx.to_flat_state(abstract)}
-    loaded, problems = {}, []
-    for name, tensor in checkpoint.read_tensors(path):
-        if name.startswith(UNUSED_PARTS) or name.endswith(UNUSED_LEAF):
-            continue
-        if name not in places:
-            problems.append(f"extra {name}")
-            continue
-        keys, leaf = places.pop(name)
-        value = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor
-        if value.shape == leaf.shape:
-            loaded[keys] = leaf.replace(jnp.asarray(value, jnp.float32))
-        else:
-            expected = tuple(leaf.shape[axis] for axis in (3, 2, 0, 1)) if len(leaf.shape) == 4 else leaf.shape
-            problems.append(f"{name} has shape {tensor.shape}, expected {expected}")
-    problems = [f"missing {name}" for name in sorted(places)] + sorted(problems)
-    if problems:
-        raise ValueError(f"{path} does not hold the weights of Inception-v3: {'; '.join(problems)}")
-    return nnx.from_flat_state(list(loaded.items()))
+def _kept_name(name: str) -> str | None:
+    """The name of a tensor that the features need; None for any other."""
+    return None if name.startswith(UNUSED_PARTS) or name.endswith(UNUSED_LEAF) else name

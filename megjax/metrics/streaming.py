@@ -10,6 +10,7 @@ import numpy as np
 from clu import metrics
 from jaxtyping import Array, Float
 
+from megjax.configs import require_count
 from megjax.metrics.image import psnr, ssim
 from megjax.precision import exact_matmul
 
@@ -41,9 +42,7 @@ class GaussianMoments(metrics.Metric):
     @classmethod
     def sized(cls, num_features: int) -> type["GaussianMoments"]:
         """A subclass for features [n num_features], which knows its size before it sees any."""
-        if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
-            raise ValueError(f"num_features is {num_features!r}; it must be a positive integer")
-        return _sized(cls, num_features)
+        return _sized(cls, require_count("num_features", num_features))
 
     @classmethod
     def empty(cls) -> "GaussianMoments":

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from megjax.configs import from_mapping, in_one_step, read_json, require, require_positive_integers, write_json
+from megjax.configs import from_mapping, read_json, require, require_positive_integers, write_json
+from megjax.files import read_safetensors, write_safetensors
 from megjax.power.environment import episode_features, observation, observation_size, share_of_offset
 from megjax.power.laws import TABLE_SIZE, LoadTable, static_power
 from megjax.power.policies.base import POLICIES, PowerPolicy, spend
@@ -141,8 +140,7 @@ class LearnedPower:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG_NAME, dataclasses.asdict(self.config))
-        with in_one_step(folder / WEIGHTS_NAME) as part:
-            part.write_bytes(save({name: np.array(x) for name, x in self._tensors().items()}))
+        write_safetensors(folder / WEIGHTS_NAME, {name: np.array(x) for name, x in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Array]:
         flat = {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(self.state)}
@@ -162,22 +160,9 @@ class LearnedPower:
         fits = num_blocks is None or config.num_blocks == num_blocks
         require(fits, f"{folder}: num_blocks", config.num_blocks, f"{num_blocks}, as the environment has")
         blank = blank_policy(config)
-        expected, path = blank._tensors(), folder / WEIGHTS_NAME
-        try:
-            with safe_open(path, framework="np") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError, TypeError) as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-        problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
-        problems += [f"{name} is unknown" for name in sorted(found.keys() - expected.keys())]
-        for name in sorted(expected.keys() & found.keys()):
-            if found[name].shape != expected[name].shape:
-                problems.append(f"{name} has shape {found[name].shape} instead of {expected[name].shape}")
-            elif not np.all(np.isfinite(found[name])):
-                problems.append(f"{name} has values that are not finite")
-            elif name == "std" and not np.all(found[name] > 0):
-                problems.append("std has values that are not positive")
-        require(not problems, str(path), "; ".join(problems), "the weights of its configuration")
+        path = folder / WEIGHTS_NAME
+        found = read_safetensors(path, blank._tensors())
+        require(bool(np.all(found["std"] > 0)), f"{path}: smallest std", float(np.min(found["std"])), "positive")
         found = {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
         flat = [(p, v.replace(found[".".join(map(str, p))])) for p, v in nnx.to_flat_state(blank.state)]
         table = LoadTable(*(found[f"table.{name}"] for name in LoadTable._fields))

@@ -17,10 +17,10 @@ from jaxtyping import Array, ArrayLike, Bool, Complex, Float, Int, Key, UInt32
 
 from megjax.channel import Fading, ImperfectCSI, RayleighFading, effective_noise_var
 from megjax.channel.numerics import safe_sqrt, squared_magnitude
-from megjax.configs import require
+from megjax.configs import require, require_count
 from megjax.keys import THREEFRY, threefry
 from megjax.power.laws import GainLaw, LoadTable, gain_law, load_table, mean_error, static_power
-from megjax.power.problem import Problem, check_num_blocks, check_powers, check_weights
+from megjax.power.problem import Problem, check_num_blocks, check_powers, check_weights, pay
 from megjax.units import check_snr_db, db_to_linear, linear_to_db
 
 PLAN_FLOOR, LARGEST_OFFSET, GAIN_FLOOR = 0.05, 12.0, 1e-4
@@ -115,8 +115,7 @@ class PowerControl:
 
     def __post_init__(self):
         check_num_blocks(self.num_blocks)
-        valid = isinstance(self.history, int) and not isinstance(self.history, bool) and self.history >= 0
-        require(valid, "history", self.history, "an integer of at least 0")
+        require_count("history", self.history, 0)
 
     @property
     def name(self) -> str:
@@ -265,14 +264,9 @@ class PowerControl:
         """State after a block that spends this share of the energy left, and its -w_t / (1 + gamma_t)."""
         problem, block = state.episode.problem, state.block
         share = jnp.where(block >= self.num_blocks - 1, 1.0, jnp.clip(share, 0.0, 1.0))
-        power = jnp.minimum(share * state.energy, problem.max_power)
+        energy, power = pay(state.energy, share * state.energy, problem.max_power)
         here = jnp.arange(self.num_blocks) == block
-        after = EnvState(
-            state.episode,
-            block + 1,
-            jnp.maximum(state.energy - power, 0.0),
-            jnp.where(here, power, state.power),
-        )
+        after = EnvState(state.episode, block + 1, energy, jnp.where(here, power, state.power))
         return after, -jnp.sum(jnp.where(here, self.errors(state.episode, jnp.where(here, power, 0.0)), 0.0))
 
     def errors(self, episode: Episode, power: Float[Array, " t"]) -> Float[Array, " t"]:

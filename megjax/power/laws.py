@@ -83,15 +83,9 @@ def load_table(law: GainLaw) -> LoadTable:
         damped = gains[None] / jnp.square(1 + jnp.expm1(log_snr)[:, None] * gains[None])
         return jnp.log(exact_matmul(damped, probabilities) / mean_gain)
 
-    def halve(_, bracket):
-        low, high = bracket
-        middle = 0.5 * (low + high)
-        worthwhile = -log_benefit(middle) <= levels
-        return jnp.where(worthwhile, middle, low), jnp.where(worthwhile, high, middle)
-
-    bracket = jnp.zeros(TABLE_SIZE, jnp.float32), jnp.full(TABLE_SIZE, 28.0, jnp.float32)
-    log_snr = jax.lax.fori_loop(0, _BISECTIONS, halve, bracket)[0].at[0].set(0.0)
-    return LoadTable(log_snr, jnp.log(mean_gain))
+    # The benefit falls, so that it rises with the negative logarithm.
+    _, (_, end) = bisect(lambda x: levels + log_benefit(-x), jnp.float32(-28), jnp.zeros_like(levels), _BISECTIONS)
+    return LoadTable((-end).at[0].set(0.0), jnp.log(mean_gain))
 
 
 def static_power(

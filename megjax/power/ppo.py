@@ -162,8 +162,8 @@ class PPO:
 
         def minibatch(carry, part):
             weights, opt_state = carry
-            loss = lambda w: self._loss(w, state.moments, part, clip, entropy, state.hyper.value_weight)  # noqa: E731
-            (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(weights)
+            settings = (state.moments, part, clip, entropy, state.hyper.value_weight)
+            (_, metrics), grads = jax.value_and_grad(self._loss, has_aux=True)(weights, *settings)
             updates, opt_state = optimize(grads, opt_state)
             weights = jax.tree.map(lambda w, u: w - rate * u, weights, updates)
             return (weights, opt_state), metrics
@@ -176,8 +176,9 @@ class PPO:
         after = TrainState(state.step + 1, state.key, weights, opt_state, moments, state.hyper)
         # The first rollout only measures the observations.
         measured = state.moments.count > 0
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(measured, a, b), new, old)  # noqa: E731
-        after = after._replace(params=keep(weights, state.params), opt_state=keep(opt_state, state.opt_state))
+        learned, before = (weights, opt_state), (state.params, state.opt_state)
+        params, opt_state = jax.tree.map(lambda new, old: jnp.where(measured, new, old), learned, before)
+        after = after._replace(params=params, opt_state=opt_state)
         return after, metrics
 
     def policy(self, state: TrainState, params: EnvParams) -> LearnedPower:
@@ -317,8 +318,7 @@ def make_ppo(config: PPOConfig, env: PowerControl, params: EnvParams | None = No
     def train(
         key: Key[Array, ""], params: EnvParams = default, hyper: Hyperparameters = DEFAULTS
     ) -> tuple[TrainState, dict[str, Float[Array, " u"]]]:
-        step = lambda state, _: ppo.update(state, params)  # noqa: E731
-        return jax.lax.scan(step, ppo.init(key, hyper), None, config.num_updates)
+        return jax.lax.scan(lambda state, _: ppo.update(state, params), ppo.init(key, hyper), None, config.num_updates)
 
     return train
 

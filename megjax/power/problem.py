@@ -87,6 +87,14 @@ def weighted_errors(problem: Problem, gains: Float[Array, " t"], power: Float[Ar
     return problem.weights / (1 + power * gains * problem.snr)
 
 
+def pay(
+    energy: Float[Array, ""], wanted: Float[Array, ""], max_power: Float[ArrayLike, ""]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Energy left after a block, and its power: what is wanted, at most the energy there is, up to the peak."""
+    power = jnp.minimum(wanted, max_power)
+    return jnp.maximum(energy - power, 0.0), power
+
+
 def check_gains(gains: Float[ArrayLike, "*s t"], problem: Problem | None = None) -> None:
     """ValueError unless there is a gain for each weight of `problem` and, outside jit, all are finite and 0 or more."""
     if problem is not None:

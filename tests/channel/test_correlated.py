@@ -193,7 +193,7 @@ def test_bad_arguments():
         with pytest.raises(ValueError, match="doppler is .*0 or more"):
             JakesFading(bad)
     for bad in (0, -2, True):
-        with pytest.raises(ValueError, match="num_paths is .*integer of 1 or more"):
+        with pytest.raises(ValueError, match="num_paths is .*integer of at least 1"):
             JakesFading(0.1, bad)
     for bad in (1.001, -1.001, np.nan):
         with pytest.raises(ValueError, match="rho is .*from -1 to 1"):

@@ -213,9 +213,9 @@ def test_bad_arguments():
         with pytest.raises(ValueError, match="num_pilots is .*whole number"):
             estimation_error_var(1.0, bad, 1.0)
     for bad in (-1, True):
-        with pytest.raises(ValueError, match="delay_blocks is .*0 or more"):
+        with pytest.raises(ValueError, match="delay_blocks is .*at least 0"):
             ImperfectCSI(1.0, 2, bad)
-        with pytest.raises(ValueError, match="history is .*0 or more"):
+        with pytest.raises(ValueError, match="history is .*at least 0"):
             ImperfectCSI(1.0, 2, 1, bad)
     for bad in (0.0, -1.0, np.nan):
         with pytest.raises(ValueError, match="noise_var is .*more than 0"):

@@ -315,7 +315,7 @@ def test_gradients_against_finite_differences(num_rx, num_tx):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(num_tx=0), "num_tx is 0; it must be an integer of 1 or more"),
+        (dict(num_tx=0), "num_tx is 0; it must be an integer of at least 1"),
         (dict(num_rx=-1), "num_rx is -1"),
         (dict(combining="zf"), "combining is 'zf'; it must be one of mrc, mrt, svd"),
         (dict(num_tx=2, num_rx=2, combining="mrc"), "num_tx is 2; combining='mrc' takes num_tx=1"),

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megjax.channel.parameters import channel_model, check, check_count, scalar
+from megjax.channel.parameters import channel_model, check, scalar
+from megjax.configs import require_count
 from megjax.pytrees import static
 
 
@@ -20,7 +21,7 @@ class Model:
 
     def __post_init__(self):
         check("m", self.m, "0.5 or more", lambda m: m >= 0.5)
-        check_count("size", self.size)
+        require_count("size", self.size)
 
     def values(self):
         return jnp.full(self.size, scalar("m", self.m))
@@ -63,7 +64,7 @@ def test_tracers_pass_and_values_are_checked():
 
 @pytest.mark.parametrize("bad", [0, -1, 1.0, True, "2", None])
 def test_counts(bad):
-    with pytest.raises(ValueError, match="size is .*; it must be an integer of 1 or more"):
+    with pytest.raises(ValueError, match="size is .*; it must be an integer of at least 1"):
         Model(1.0, bad)
 
 

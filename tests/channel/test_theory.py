@@ -281,7 +281,10 @@ def test_level_crossings_of_a_simulated_clarke_process():
 def test_crossings_between_blocks(threshold, doppler):
     """Against SciPy's noncentral chi-squared distribution of the next gain, integrated over this one."""
     r = special.j0(2 * np.pi * doppler) ** 2
-    above = lambda g: np.exp(-g) * stats.ncx2.sf(2 * threshold**2 / (1 - r), 2, 2 * r * g / (1 - r))  # noqa: E731
+
+    def above(g):
+        return np.exp(-g) * stats.ncx2.sf(2 * threshold**2 / (1 - r), 2, 2 * r * g / (1 - r))
+
     lowest = max(threshold - 12 * np.sqrt((1 - r) / 2), 0) ** 2
     expected = integrate.quad(above, lowest, threshold**2, epsabs=0, epsrel=1e-9, limit=400)[0]
     rate = float(theory.block_crossing_rate_rayleigh(threshold, doppler))

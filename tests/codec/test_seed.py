@@ -175,9 +175,9 @@ def test_tensors_that_do_not_fit_are_all_listed(folder):
     with pytest.raises(ValueError, match="does not fit its configuration") as error:
         SeedCodec.from_pretrained(folder)
     for problem in (
-        "scale is missing",
-        "foreign is unknown",
-        r"load_logits has shape (2, 3, 48) instead of (3, 3, 48)",
+        "missing scale",
+        "extra foreign",
+        r"load_logits has shape (2, 3, 48), expected (3, 3, 48)",
         "latent_mean has values that are not finite",
     ):
         assert problem in str(error.value)
@@ -202,7 +202,7 @@ def test_pickled_weights_are_not_read(folder):
         ({"colour": "red"}, "unknown setting 'colour' = 'red'"),
         ({"width": 0}, "codec: width is 0"),
         ({"tile": [4, 4]}, "codec: tile is "),
-        ({"width": 17}, "does not fit its configuration: .* instead of "),
+        ({"width": 17}, "does not fit its configuration: .* expected "),
     ],
 )
 def test_configurations_that_do_not_fit(folder, change, message):

@@ -11,6 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from megjax import files
 from megjax.data import latents
 from megjax.diffusion.pipeline import StableDiffusion
 
@@ -192,10 +193,10 @@ def test_a_folder_that_cannot_be_used_is_refused(model, calls, cached, monkeypat
             latents.generate(model, PROMPTS, tmp_path, **SETTINGS)
     assert calls == []
 
-    def fail(path, data):
+    def fail(*_, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(tmp_path), "write_bytes", fail)
+    monkeypatch.setattr(files, "save_file", fail)
     with pytest.raises(ValueError, match="latents-000000.safetensors cannot be written: "):
         latents.generate(model, PROMPTS, tmp_path, **SETTINGS)
 
@@ -231,6 +232,7 @@ def damage(kind, path):
         with safe_open(path, framework="np") as file:
             metadata = file.metadata()
         save_file({"values": load_file(path)["latents"]}, path, metadata=metadata)
+        return "arrays is .'values'.; it must be latents"
     else:
         changes = {
             "half": (lambda z: z.astype(np.float16), "dtype is 'float16'; it must be float32"),
@@ -242,7 +244,7 @@ def damage(kind, path):
         change, message = changes[kind]
         rewrite(path, change)
         return message
-    return "is damaged .*; delete it to make it anew"
+    return "is not a whole safetensors file .*; delete it to make it anew"
 
 
 @pytest.mark.parametrize(

@@ -189,5 +189,7 @@ def test_default_prompts_are_captions():
 
 
 def test_products_are_exact():
-    draw_one = lambda key: scenes.render(key, scenes.sample_scene(jax.random.clone(key)))  # noqa: E731
+    def draw_one(key):
+        return scenes.render(key, scenes.sample_scene(jax.random.clone(key)))
+
     assert inexact_products(draw_one, jax.random.key(0)) == []

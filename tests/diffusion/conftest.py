@@ -4,15 +4,19 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from huggingface_hub.utils import filter_repo_objects
 
 from megjax.diffusion import checkpoint, clip, unet, vae
 from megjax.diffusion.generation import Graphs
@@ -159,8 +163,8 @@ class Port:
 def load(config, files, rename, **options):
     """Graph and parameters of a model."""
     with checks.unchecked():
-        make = lambda: KINDS[type(config)](config, rngs=ShapeRngs())  # noqa: E731
-        return checkpoint.load_params(make, files, rename=rename, **options)
+        build = functools.partial(KINDS[type(config)], config, rngs=ShapeRngs())
+        return checkpoint.load_params(build, files, rename=rename, **options)
 
 
 def port(model, folder, kind, stem, rename):
@@ -334,3 +338,35 @@ def whole(tmp_path_factory, random_params):
         folder = tmp_path_factory.mktemp("whole")
         model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    """A copy of the folder of `whole`, to change."""
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+@pytest.fixture
+def hub(monkeypatch, whole, tmp_path):
+    """`hub(files)`: the hub holds one repository of these files; returns what each download took from it."""
+
+    def serve(files):
+        taken = []
+
+        def snapshot_download(repo_id, *, allow_patterns, ignore_patterns):
+            assert repo_id == "owner/name"
+            names = list(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+            taken.append(names)
+            (tmp_path / "snapshot").mkdir(exist_ok=True)
+            for name in names:
+                source, target = whole / re.sub(r"\.fp16|\.non_ema", "", name), tmp_path / "snapshot" / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if source.is_file():
+                    shutil.copy(source, target)
+            return str(tmp_path / "snapshot")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo_id: files)
+        return taken
+
+    return serve

@@ -117,7 +117,10 @@ def test_doubling_in_strips(monkeypatch, rows):
     few(monkeypatch, rows)
     monkeypatch.setattr(layers, "_double_by_strips", lambda *args: by_strips(*args))  # never traced before
     assert "while" in jax.jit(lambda *args: layers.double(*args)).lower(*args).as_text()
-    plain = lambda x, kernel, bias: layers._double(x, kernel) + bias[None, None, None]  # noqa: E731
+
+    def plain(x, kernel, bias):
+        return layers._double(x, kernel) + bias[None, None, None]
+
     assert max(both(plain, layers.double, *args)) < 1e-5
 
 

@@ -3,13 +3,11 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import huggingface_hub
 import jax
 import numpy as np
 import pytest
-from huggingface_hub.utils import filter_repo_objects
 
 from megjax.diffusion import layout
 from megjax.diffusion.pipeline import StableDiffusion
@@ -72,36 +70,6 @@ HUB_WEIGHTS = {
     "unet": "unet/diffusion_pytorch_model",
     "vae": "vae/diffusion_pytorch_model",
 }
-
-
-@pytest.fixture
-def folder(whole, tmp_path):
-    """A copy of the whole folder, to damage."""
-    return Path(shutil.copytree(whole, tmp_path / "model"))
-
-
-@pytest.fixture
-def hub(monkeypatch, whole, tmp_path):
-    """`hub(files)`: the hub holds one repository of these files; returns what each download took from it."""
-
-    def serve(files):
-        taken = []
-
-        def snapshot_download(repo_id, *, allow_patterns, ignore_patterns):
-            assert repo_id == "owner/name"
-            names = list(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
-            taken.append(names)
-            for name in names:
-                source, target = whole / re.sub(r"\.fp16|\.non_ema", "", name), tmp_path / "snapshot" / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if source.is_file():
-                    shutil.copy(source, target)
-            return str(tmp_path / "snapshot")
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-        return taken
-
-    return serve
 
 
 def edit(path, **changes):
@@ -212,7 +180,7 @@ def test_diffusers_overrides_of_old_scheduler_settings(folder):
         ("unet/config.json", {"warp": 9}, "warp"),
         ("vae/config.json", {"shift_factor": 0.1}, "shift_factor"),
         ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act.*relu"),
-        ("text_encoder/config.json", {"vocab_size": 500}, r"text_encoder does not fit.*token_embedding"),
+        ("text_encoder/config.json", {"vocab_size": 500}, r"text_encoder/.* does not fit.*token_embedding"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type.*flow"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "cosine"}, "beta_schedule.*cosine"),
         ("tokenizer/tokenizer_config.json", {"model_max_length": LIMIT + 1}, "model_max_length is 9.*at most 8"),

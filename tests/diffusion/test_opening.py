@@ -2,15 +2,11 @@
 
 import json
 import re
-import shutil
-from pathlib import Path
 
 import diffusers
-import huggingface_hub
 import jax
 import numpy as np
 import pytest
-from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
 from megjax.diffusion import layout
@@ -25,35 +21,9 @@ WEIGHTS = {part: f"{part}/{stem}.safetensors" for part, stem in layout.STEMS.ite
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3438167540\n"
 
 
-@pytest.fixture
-def folder(whole, tmp_path):
-    """A copy of a complete folder, to change."""
-    return Path(shutil.copytree(whole, tmp_path / "model"))
-
-
-@pytest.fixture
-def hub(monkeypatch, whole, tmp_path):
-    """`hub(files)`: the hub holds one repository of these files; returns what each download took of them."""
-
-    def serve(files):
-        taken = []
-
-        def snapshot_download(repo_id, *, allow_patterns, ignore_patterns):
-            names = list(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
-            taken.append([name for name in names if name.endswith(".safetensors")])
-            (tmp_path / "snapshot").mkdir(exist_ok=True)
-            for name in names:
-                source, target = whole / re.sub(r"\.fp16|\.non_ema", "", name), tmp_path / "snapshot" / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if source.is_file():
-                    shutil.copy(source, target)
-            return str(tmp_path / "snapshot")
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-        monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo_id: files)
-        return taken
-
-    return serve
+def weights_of(taken):
+    """Names of the weights that each download took."""
+    return [sorted(name for name in names if name.endswith(".safetensors")) for names in taken]
 
 
 def small_files(whole):
@@ -144,14 +114,14 @@ def test_download_of_a_variant_of_one_part(hub, whole, variant):
     marked = f"unet/{layout.STEMS['unet']}.{variant}.safetensors"
     taken = hub([*small_files(whole), *WEIGHTS.values(), marked])
     found = layout.locate("owner/name", variant)
-    assert [sorted(names) for names in taken] == [[marked], sorted([WEIGHTS["text_encoder"], WEIGHTS["vae"]])]
+    assert weights_of(taken) == [[marked], sorted([WEIGHTS["text_encoder"], WEIGHTS["vae"]])]
     assert not (found / WEIGHTS["unet"]).exists()
 
 
 def test_download_of_an_absent_variant(hub, whole):
     taken = hub([*small_files(whole), *WEIGHTS.values()])
     fails("owner/name", "holds no model.bf16.safetensors or .*no variant 'bf16'", variant="bf16")
-    assert taken == [[]]
+    assert weights_of(taken) == [[]]
 
 
 @pytest.mark.parametrize("name", ["v1-5-pruned-emaonly.safetensors", "owner/name.safetensors", "~/old.ckpt"])

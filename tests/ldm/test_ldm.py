@@ -6,8 +6,8 @@ import pytest
 
 from megjax.configs import read_json
 from megjax.data import scenes
-from megjax.diffusion.checkpoint import read_tensors
 from megjax.diffusion.pipeline import StableDiffusion
+from megjax.files import read_safetensors
 from megjax.ldm import fitting
 from megjax.ldm.quality import measure
 from megjax.ldm.recipe import MAX_TOKENS, PRESETS
@@ -68,7 +68,7 @@ def test_the_export_opens_and_measures(trained):
 
 def test_latents_have_unit_variance_under_the_stored_constants(trained):
     factor = read_json(trained / "model" / "vae" / "config.json")["scaling_factor"]
-    data = dict(read_tensors(trained / fitting.LATENTS))
+    data = read_safetensors(trained / fitting.LATENTS)
     noise = np.random.default_rng(0).standard_normal(data["mean"].shape)
     samples = factor * (data["mean"] + np.exp(0.5 * data["log_variance"]) * noise)
     statistics = SourceStatistics.load(trained / "model")

@@ -49,7 +49,10 @@ def outputs(policy, point):
 def test_gradients_of_policies_are_those_of_central_differences(name, law, peak):
     blocks = FEW if name == "dp" else T
     rng = np.random.default_rng(2)
-    draw = lambda *shape: jnp.asarray(rng.uniform(-1, 1, shape), jnp.float32)  # noqa: E731
+
+    def draw(*shape):
+        return jnp.asarray(rng.uniform(-1, 1, shape), jnp.float32)
+
     point = {
         "snr_db": jnp.float32(2.0),
         "gains": jnp.exp(draw(blocks)),

@@ -21,7 +21,7 @@ from megjax.power import (
     make_policy,
     power_problem,
 )
-from megjax.power.problem import check_gains
+from megjax.power.problem import check_gains, pay
 from megjax.units import check_snr_db
 from tests.products import inexact_products
 
@@ -206,7 +206,9 @@ def test_a_load_of_another_length():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_products_are_exact(name):
-    allocate = lambda policy, *given: policy.allocate(*given)  # noqa: E731
+    def allocate(policy, *given):
+        return policy.allocate(*given)
+
     assert inexact_products(allocate, make(name), rayleigh_gains()[0], given("unequal"), gradient=True) == []
 
 
@@ -269,3 +271,8 @@ def test_policies_are_made_for_one_law(name):
         make_policy(name, law(jnp.array([0.5, 0.6])), 4)
     with pytest.raises(ValueError, match=f"{law.__name__}.{leaf} is traced"):
         jax.jit(lambda x: make_policy(name, law(x), 4).causal)(0.7)
+
+
+def test_a_block_pays_for_what_it_wants_up_to_the_peak():
+    assert pay(jnp.float32(3), jnp.float32(2), jnp.inf) == (1, 2)
+    assert pay(jnp.float32(3), jnp.float32(2), jnp.float32(0.5)) == (2.5, 0.5)

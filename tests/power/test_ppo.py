@@ -171,11 +171,11 @@ def test_damaged_files_are_refused(saved):
     tensors = load_file(path)
     name = next(name for name in tensors if name.endswith("kernel"))
     wrong = {
-        "is missing": {k: v for k, v in tensors.items() if k != name},
-        "is unknown": tensors | {"extra": np.ones(2, np.float32)},
+        "missing ": {k: v for k, v in tensors.items() if k != name},
+        "extra extra": tensors | {"extra": np.ones(2, np.float32)},
         "has shape": tensors | {name: np.ones((2, 2), np.float32)},
         "not finite": tensors | {name: tensors[name] * np.nan},
-        "not positive": tensors | {"std": 0 * tensors["std"]},
+        "must be positive": tensors | {"std": 0 * tensors["std"]},
     }
     for message, bad in wrong.items():
         save_file(bad, path)

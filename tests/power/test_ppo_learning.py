@@ -45,7 +45,9 @@ def test_it_learns_to_wait_for_a_gain():
     assert power(jnp.array([0.0, 0.0]), problem)[0] < 0.05
 
     def error(first_good, first_bad):
-        second = lambda left: 0.5 * (1 + 1 / (1 + 2 * left))  # noqa: E731
+        def second(left):
+            return 0.5 * (1 + 1 / (1 + 2 * left))
+
         return 0.5 * (1 / (1 + 2 * first_good) + second(2 - first_good)) + 0.5 * (1 + second(2 - first_bad))
 
     found = error(*(float(power(jnp.array([g, 0.0]), problem)[0]) for g in (2.0, 0.0)))

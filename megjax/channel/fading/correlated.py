@@ -11,9 +11,10 @@ from jaxtyping import Array, ArrayLike, Complex, Key
 
 from megjax.channel.fading.base import FADINGS, FadingLaw
 from megjax.channel.numerics import safe_sqrt
-from megjax.channel.parameters import channel_model, check, check_count, number, scalar
+from megjax.channel.parameters import channel_model, check, number, scalar
 from megjax.channel.phasor import rotation
 from megjax.channel.random import complex_normal, split, uniform
+from megjax.configs import require_count
 from megjax.precision import EXACT
 from megjax.pytrees import static
 
@@ -60,11 +61,11 @@ class JakesFading:
 
     def __post_init__(self):
         check("doppler", self.doppler, "finite and 0 or more, in cycles per block", lambda f: f >= 0)
-        check_count("num_paths", self.num_paths)
+        require_count("num_paths", self.num_paths)
 
     def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
         """Gains [t] of consecutive blocks, a stationary and jointly circular process."""
-        check_count("num_blocks", num_blocks)
+        require_count("num_blocks", num_blocks)
         doppler = scalar("doppler", self.doppler)
         angle_key, path_key = split(key)
         sector = np.arange(self.num_paths, dtype=np.float32)
@@ -102,7 +103,7 @@ class GaussMarkovFading:
 
     def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
         """Gains [t] of consecutive blocks, stationary from the first."""
-        check_count("num_blocks", num_blocks)
+        require_count("num_blocks", num_blocks)
         rho = scalar("rho", self.rho)
         innovation = safe_sqrt((1 - rho) * (1 + rho)).astype(jnp.complex64)
         rho = rho.astype(jnp.complex64)

@@ -10,8 +10,9 @@ from jaxtyping import Array, ArrayLike, Complex, Key
 
 from megjax.channel.fading.base import FADINGS, FadingLaw
 from megjax.channel.numerics import safe_sqrt
-from megjax.channel.parameters import channel_model, check, check_count, number, scalar
+from megjax.channel.parameters import channel_model, check, number, scalar
 from megjax.channel.random import complex_normal, split, unit_phasor
+from megjax.configs import require_count
 from megjax.pytrees import static
 from megjax.units import db_to_linear
 
@@ -24,7 +25,7 @@ class NoFading:
 
     def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
         """Gains [t] of ones; `key` is unused."""
-        check_count("num_blocks", num_blocks)
+        require_count("num_blocks", num_blocks)
         return jnp.ones(num_blocks, jnp.complex64)
 
 
@@ -36,7 +37,7 @@ class RayleighFading:
 
     def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
         """Gains [t], independent and circularly symmetric Gaussian."""
-        check_count("num_blocks", num_blocks)
+        require_count("num_blocks", num_blocks)
         return complex_normal(key, (num_blocks,))
 
     def gain_log_density(self, gains: np.ndarray) -> np.ndarray:
@@ -68,7 +69,7 @@ class RicianFading:
 
     def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
         """Gains [t], independent given the phase of the line of sight."""
-        check_count("num_blocks", num_blocks)
+        require_count("num_blocks", num_blocks)
         k_factor, phase = scalar("k_factor", self.k_factor), scalar("los_phase", self.los_phase)
         direction = jax.lax.complex(jnp.cos(phase), jnp.sin(phase))
         if self.random_phase:
@@ -101,7 +102,7 @@ class NakagamiFading:
 
     def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
         """Gains [t], independent and circularly symmetric."""
-        check_count("num_blocks", num_blocks)
+        require_count("num_blocks", num_blocks)
         m = scalar("m", self.m)
         gamma_key, phase_key = split(key)
         # The logarithm keeps deep fades, whose power rounds to 0 for small m, and gives them a finite gradient.

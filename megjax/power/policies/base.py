@@ -21,7 +21,7 @@ from megjax.channel import Fading
 from megjax.channel.numerics import squared_magnitude
 from megjax.configs import require
 from megjax.keys import from_seed
-from megjax.power.problem import Problem, check_gains, power_problem
+from megjax.power.problem import Problem, check_gains, pay, power_problem
 from megjax.registry import Record, Registry
 
 
@@ -125,7 +125,6 @@ def spend(
         known = jnp.where(jnp.arange(num_blocks) <= block, gains, 0.0)
         wanted = decide(View(block, gains[block], known, energy))
         wanted = jnp.where(block == num_blocks - 1, energy, jnp.clip(wanted, 0.0, energy))
-        power = jnp.minimum(wanted, problem.max_power)
-        return jnp.maximum(energy - power, 0.0), power
+        return pay(energy, wanted, problem.max_power)
 
     return jax.lax.scan(step, jnp.asarray(problem.energy, jnp.float32), jnp.arange(num_blocks))[1]

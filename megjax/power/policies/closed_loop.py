@@ -66,8 +66,11 @@ class Waterfilling:
         share = jnp.cumsum(self.law.probabilities[::-1])[::-1]
         highest = jnp.min(floors + mean_power / share)
         level, _ = bisect(excess, floors[-1], highest, _BISECTIONS)
-        floor = lambda gain: 1 / (problem.snr * jnp.maximum(gain, 1e-20))  # noqa: E731
-        return spend(lambda view: jnp.maximum(level - floor(view.gain), 0.0), gains, problem)
+
+        def decide(view):
+            return jnp.maximum(level - 1 / (problem.snr * jnp.maximum(view.gain, 1e-20)), 0.0)
+
+        return spend(decide, gains, problem)
 
 
 POLICIES.register(
