@@ -9,42 +9,55 @@ import numpy as np
 import pandas as pd
 
 from eval.plots import heat_map, legend_below, line_with_band, panels, save
+from megjax.metrics import METRICS, Metric
+from megjax.power import POLICIES
+from megjax.system import SCHEMES, find_scheme, latent_symbols
 from megjax.units import linear_to_db
 
-TITLES = {
-    "seed": "seed, r = 4",
-    "seed-klt": "KLT",
-    "opta": "Gaussian limit",
-    "latent": "latent",
-    "latent-wiener": "latent, Wiener receiver",
-    "centralized": "centralized, analog",
-    "centralized-coded": "centralized, coded",
-    "centralized-qam": "centralized, 16-QAM",
-    "split": "split",
-    "split-seed": "split of the seed",
-    "prompt": "prompt alone",
-}
-COLOURS = {name: f"C{i}" for i, name in enumerate(TITLES)}
 MODES = {"equal_energy": "equal energy per image", "equal_power": "equal power per symbol"}
+
+
+def title_of(scheme: str, rate: float | None = None) -> str:
+    """A scheme of a sweep in words, with its compression ratio if that is given, and its options."""
+    name, _, options = scheme.partition(":")
+    ratio = "" if rate is None or name != "seed" else f", r = {rate:g}"
+    return SCHEMES.find(name).title + ratio + (f" ({options.replace(',', ', ')})" if options else "")
+
+
+def colour_of(scheme: str) -> str:
+    """The colour of a scheme, the same in every picture."""
+    return f"C{SCHEMES.names.index(scheme.partition(':')[0])}"
+
+
+def modes_of(scheme: str, mode: str) -> tuple[str, ...]:
+    """Modes that a point of this mode stands for: both, where the scheme has as many symbols as the raw latent."""
+    shapes = (64, 64, 3), (8, 8, 4)
+    same = find_scheme(scheme).num_symbols(*shapes) == latent_symbols(shapes[1])
+    return tuple(MODES) if same else (mode,)
+
+
+def image_metrics(frame: pd.DataFrame) -> list[Metric]:
+    """Metrics of images that a table of points has, with intervals."""
+    measured = (metric for metric in METRICS if f"{metric.name}_low" in frame and frame[metric.name].notna().any())
+    return [metric for metric in measured if "images" in metric.needs]
 
 
 def quality(frame: pd.DataFrame, path: Path) -> None:
     """Image PSNR, Frechet distance and caption accuracy over SNR, by scheme and mode."""
-    columns = [("psnr_db", "image PSNR (dB)"), ("frechet", "SceneNet Frechet distance")]
-    columns += [("caption_accuracy", "caption accuracy")]
-    columns = [(name, title) for name, title in columns if name in frame and frame[name].notna().any()]
+    columns = [metric for metric in image_metrics(frame) if metric.panel]
     size = (4.4 * len(columns), 7.0)
     figure, axes = panels(2, len(columns), size, sharex=True)
     for row, (mode, title) in enumerate(MODES.items()):
         here = frame[frame["mode"] == mode]
-        for column, (name, label) in enumerate(columns):
+        for column, metric in enumerate(columns):
             axis = axes[row, column]
             for scheme, rows in here.groupby("scheme", sort=False):
-                line_with_band(axis, rows, "snr_db", name, label=TITLES[scheme], color=COLOURS[scheme])
-            axis.set(ylabel=label, title=title, xlabel="SNR (dB)")
+                label = title_of(scheme, rows.rate.iloc[0])
+                line_with_band(axis, rows, "snr_db", metric.name, label=label, color=colour_of(scheme))
+            axis.set(
+                ylabel=metric.title, title=title, xlabel="SNR (dB)", yscale="log" if metric.log_scale else "linear"
+            )
             axis.grid(alpha=0.3)
-            if name == "frechet":
-                axis.set_yscale("log")
     legend_below(figure, axes[0, 0])
     save(figure, path)
 
@@ -53,12 +66,11 @@ def pictures(points: list[dict[str, Any]], path: Path, mode: str = "equal_energy
     """One caption as every scheme brings it at every SNR; the server's own picture first."""
     kept = {}
     for point in points:
-        same = point["scheme"] in ("latent", "latent-wiener") or point["mode"] == mode
-        if same and point.get("pictures"):
+        if mode in modes_of(point["scheme"], point["mode"]) and point.get("pictures"):
             kept[point["scheme"], point["snr_db"]] = point
     if not kept:
         return
-    schemes = [name for name in TITLES if any(scheme == name for scheme, _ in kept)]
+    schemes = sorted({scheme for scheme, _ in kept}, key=lambda scheme: SCHEMES.names.index(scheme.partition(":")[0]))
     levels = sorted({level for _, level in kept})
     first = next(iter(kept.values()))
     caption = min(caption, len(first["captions"]) - 1)
@@ -75,7 +87,7 @@ def pictures(points: list[dict[str, Any]], path: Path, mode: str = "equal_energy
                 axis.imshow(plt.imread(io.BytesIO(data)), interpolation="nearest")
             if row == 0:
                 axis.set_title("server" if column == 0 else f"{levels[column - 1]:g} dB", fontsize=9)
-        axes[row, 0].set_ylabel(TITLES[scheme].replace(", ", ",\n"), fontsize=8)
+        axes[row, 0].set_ylabel(title_of(scheme).replace(", ", ",\n"), fontsize=8)
     figure.suptitle(f"{first['captions'][caption]} ({MODES[mode]})", fontsize=8)
     save(figure, path)
 
@@ -91,9 +103,8 @@ def rate_distortion(frame: pd.DataFrame, path: Path) -> None:
         for column in ("nmse", "nmse_low", "nmse_high"):
             here[column] = np.asarray(linear_to_db(here[column].to_numpy()))
         for scheme, rows in here.groupby("scheme", sort=False):
-            name = "seed" if scheme == "seed" else TITLES[scheme]
             dashes = "--" if scheme == "opta" else "-"
-            line_with_band(axis, rows, "num_symbols", "nmse", dashes, label=name, color=COLOURS[scheme])
+            line_with_band(axis, rows, "num_symbols", "nmse", dashes, label=title_of(scheme), color=colour_of(scheme))
         axis.set(xscale="log", xlabel="symbols per image", ylabel="latent NMSE (dB)", title=f"{level:g} dB")
         axis.set_xticks(sorted(here.num_symbols.unique()), [f"{x:.0f}" for x in sorted(here.num_symbols.unique())])
         axis.minorticks_off()
@@ -130,31 +141,29 @@ def power_map(frame: pd.DataFrame, path: Path) -> None:
             grid = here[here.policy == policy].pivot(index="energy_left", columns="gain", values="power")
             axis = axes[row, column]
             heat_map(figure, axis, grid.columns, grid.index, grid.to_numpy(), top, "power")
-            name = {"dp": "causal optimum", "ppo": "PPO"}.get(policy, policy)
             axis.set(xscale="log", xlabel="gain $|h|^2$", ylabel="energy left / blocks left")
-            axis.set_title(f"{name}, {level:g} dB")
+            axis.set_title(f"{POLICIES.find(policy).title}, {level:g} dB")
     save(figure, path)
 
 
 def split(frame: pd.DataFrame, path: Path) -> None:
     """Quality over the device's steps where it denoises, with decoding directly as level lines, by SNR."""
-    columns = [("psnr_db", "image PSNR (dB)"), ("frechet", "SceneNet Frechet distance")]
-    columns += [("caption_accuracy", "caption accuracy")]
-    columns = [(name, title) for name, title in columns if name in frame and frame[name].notna().any()]
+    columns = [metric for metric in image_metrics(frame) if metric.panel]
     levels = sorted(frame.snr_db.unique())
     size = (4.2 * len(columns), 3.3 * len(levels))
     figure, axes = panels(len(levels), len(columns), size)
     for row, level in enumerate(levels):
-        for column, (name, label) in enumerate(columns):
+        for column, metric in enumerate(columns):
             axis, here = axes[row, column], frame[frame.snr_db == level]
             lines, levels_only = here[here.device_steps > 0], here[here.device_steps == 0]
             for i, ((scheme, steps), rows) in enumerate(lines.groupby(["scheme", "server_steps"], sort=False)):
-                title = TITLES[scheme] + (f", after {steps} server steps" if steps else "")
+                title = title_of(scheme) + (f", after {steps} server steps" if steps else "")
                 dashes = ":" if scheme == "prompt" else "-"
-                line_with_band(axis, rows, "device_steps", name, dashes, label=title, color=f"C{i}")
+                line_with_band(axis, rows, "device_steps", metric.name, dashes, label=title, color=f"C{i}")
             for i, (scheme, rows) in enumerate(levels_only.groupby("scheme", sort=False)):
-                axis.axhline(rows[name].iloc[0], color=f"C{i + 5}", linestyle="--", label=f"{TITLES[scheme]}, decoded")
-            axis.set(xlabel="denoising steps at the device", ylabel=label, title=f"{level:g} dB")
+                label = f"{title_of(scheme)}, decoded"
+                axis.axhline(rows[metric.name].iloc[0], color=f"C{i + 5}", linestyle="--", label=label)
+            axis.set(xlabel="denoising steps at the device", ylabel=metric.title, title=f"{level:g} dB")
             axis.grid(alpha=0.3)
     legend_below(figure, axes[0, 0])
     save(figure, path)

@@ -5,20 +5,31 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eval.figure_plots import MODES, TITLES
+from eval.figure_plots import MODES, image_metrics, modes_of, title_of
 from eval.markdown import interval, table
-from megjax.metrics import bootstrap_interval
+from megjax.metrics import Metric, bootstrap_interval
 from megjax.units import linear_to_db
 
-RIVALS = ("latent", "latent-wiener", "centralized", "centralized-coded", "centralized-qam")
 Row = dict[str, Any]
+
+
+def cell_of(row: Any, metric: Metric) -> str:
+    """A metric's value and interval in a point; older points may not have it."""
+    if pd.isna(row[metric.name]):
+        return "not measured"
+    return interval(*(row[f"{metric.name}{end}"] for end in ("", "_low", "_high")), metric.form)
+
+
+def rivals(points: list[Row]) -> list[str]:
+    """Schemes that the seed is compared with."""
+    return [scheme for scheme in dict.fromkeys(point["scheme"] for point in points) if scheme != "seed"]
 
 
 def find(points: list[Row], scheme: str, mode: str, snr_db: float, **more: Any) -> Row | None:
     """The point of a scheme; where equal energy and equal power are the same it is kept under the latter."""
     for point in points:
         same = point["scheme"] == scheme and point["snr_db"] == snr_db
-        same &= point["mode"] == mode or scheme in ("latent", "latent-wiener", "split")
+        same = same and mode in modes_of(scheme, point["mode"])
         if same and all(point[name] == value for name, value in more.items()):
             return point
     return None
@@ -58,23 +69,18 @@ def quality(frame: pd.DataFrame, points: list[Row]) -> list[str]:
     for mode, title in MODES.items():
         lines += [f"### Quality at {title}", ""]
         here = frame[frame["mode"] == mode]
-        metrics = [("psnr_db", "PSNR (dB)", ".2f"), ("ssim", "SSIM", ".3f"), ("frechet", "Frechet distance", ".1f")]
-        metrics += [("caption_accuracy", "caption accuracy", ".3f")]
-        for name, label, form in metrics:
-            if name not in here or not here[name].notna().any():
-                continue
+        for metric in image_metrics(here):
             rows = []
             for scheme, group in here.groupby("scheme", sort=False):
                 by_level = group.set_index("snr_db")
-                cells = [by_level.loc[level] for level in levels]
-                values = (interval(c[name], c[f"{name}_low"], c[f"{name}_high"], form) for c in cells)
-                rows.append([TITLES[scheme], *values])
-            lines += [f"{label}, n = {n:,} ({images:,} images):", ""]
+                values = (cell_of(by_level.loc[level], metric) for level in levels)
+                rows.append([title_of(scheme, group.rate.iloc[0]), *values])
+            lines += [f"{metric.title}, n = {n:,} ({images:,} images):", ""]
             lines += [table(["scheme", *(f"{level:g} dB" for level in levels)], rows)]
         for label, how in (("PSNR of the seed less that of", difference), ("Frechet distance of", separate)):
             if how is separate and ("frechet" not in here or not here.frechet.notna().any()):
                 continue
-            rows = [[TITLES[rival], *claim(points, mode, levels, rival, how)] for rival in RIVALS]
+            rows = [[title_of(rival), *claim(points, mode, levels, rival, how)] for rival in rivals(points)]
             suffix = "a rival (dB, paired)" if how is difference else "a rival less that of the seed"
             lines += [f"{label} {suffix}; bold: the seed is better, beyond the 95 % interval.", ""]
             lines += [table(["rival", *(f"{level:g} dB" for level in levels)], rows)]
@@ -89,7 +95,7 @@ def verdicts(points: dict[str, list[Row]]) -> list[str]:
     if all("frechet" in point for point in images):
         metrics.append(("Frechet distance", separate))
     for mode, title in MODES.items():
-        for rival in RIVALS:
+        for rival in rivals(images):
             for metric, how in metrics:
                 sides: dict[str, list[str]] = {"better": [], "worse": [], "neither": []}
                 for level in levels:
@@ -99,7 +105,7 @@ def verdicts(points: dict[str, list[Row]]) -> list[str]:
                     _, low, high = how(a, b)
                     sides["better" if low > 0 else "worse" if high < 0 else "neither"].append(f"{level:g}")
                 found = "; ".join(f"{side} at {', '.join(at)} dB" for side, at in sides.items() if at)
-                lines.append(f"- Seed against {TITLES[rival]}, {title}, {metric}: {found}.")
+                lines.append(f"- Seed against {title_of(rival)}, {title}, {metric}: {found}.")
     policy_points = points["policies"]
     for level in sorted({point["snr_db"] for point in policy_points}):
         by_name = {point["policy"]: point for point in policy_points if point["snr_db"] == level}
@@ -116,7 +122,7 @@ def symbols(frame: pd.DataFrame) -> str:
         low, high = group.num_symbols.min(), group.num_symbols.max()
         count = f"{low:,.0f}" if round(low) == round(high) else f"{low:,.0f} to {high:,.0f}"
         rows.append(
-            [TITLES[scheme], MODES[mode], count, f"{group.mean_power.mean():.4g}", f"{group.energy.mean():,.1f}"]
+            [title_of(scheme), MODES[mode], count, f"{group.mean_power.mean():.4g}", f"{group.energy.mean():,.1f}"]
         )
     return table(["scheme", "mode", "symbols K", "mean power P", "energy per image"], rows)
 
@@ -161,7 +167,7 @@ def distortion(frame: pd.DataFrame) -> str:
     levels, rows = sorted(frame.snr_db.unique()), []
     for (scheme, rate), group in frame.groupby(["scheme", "rate"], sort=False):
         values = group.set_index("snr_db")
-        name = "seed" if scheme == "seed" else TITLES[scheme]
+        name = title_of(scheme)
         label = name if scheme == "latent" else f"{name}, r = {rate:g}"
         ends = [[float(linear_to_db(values[c][level])) for c in ("nmse", "nmse_low", "nmse_high")] for level in levels]
         rows.append([label, *(interval(*row, ".2f") for row in ends)])
@@ -173,9 +179,9 @@ def split(frame: pd.DataFrame) -> str:
     rows = []
     for level in sorted(frame.snr_db.unique()):
         for row in frame[frame.snr_db == level].to_dict("records"):
-            name = TITLES[row["scheme"]] + ", decoded"
+            name = title_of(row["scheme"]) + ", decoded"
             if row["device_steps"] > 0:
-                name = f"{TITLES[row['scheme']]}, device {row['device_steps']}"
+                name = f"{title_of(row['scheme'])}, device {row['device_steps']}"
                 name += f" after server {row['server_steps']}" if row["server_steps"] else ""
             cells = [f"{name}, {level:g} dB", interval(row["psnr_db"], row["psnr_db_low"], row["psnr_db_high"], ".2f")]
             for metric, form in (("frechet", ".1f"), ("caption_accuracy", ".3f")):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megjax.channel import FADINGS, find_fading
+from megjax.diffusion.samplers import SAMPLERS
 from megjax.metrics import METRICS
 from megjax.power import POLICIES, check_policy, gain_law, make_policy, power_problem
 from megjax.registry import Record, Registry
@@ -18,7 +19,7 @@ from megjax.sweep import SweepConfig, run_sweep
 from megjax.system import SCHEMES
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
-REGISTRIES = (FADINGS, METRICS, POLICIES, SCHEMES)
+REGISTRIES = (FADINGS, METRICS, POLICIES, SAMPLERS, SCHEMES)
 MAX_LINES = 40
 
 
@@ -95,3 +96,8 @@ def test_a_name_is_registered_once():
     assert table.names == ("b", "a")
     with pytest.raises(ValueError, match="toy is 'c'; it must be one of b, a"):
         table.find("c")
+
+
+def test_a_sampler(example):
+    module = example("A sampler")
+    assert module.latents.shape[0] == 1 and np.all(np.isfinite(module.latents))

@@ -133,7 +133,14 @@ def test_bad_latents_images_and_prompts(pipe):
     ],
 )
 def test_bad_arguments_of_a_simulation(pipe, codec, options, message):
-    given = {"key": 0, "pipe": pipe, "codec": codec, "prompts": PROMPTS, "policy": "equal", "scheme": "seed:rate=2"} | options
+    given = {
+        "key": 0,
+        "pipe": pipe,
+        "codec": codec,
+        "prompts": PROMPTS,
+        "policy": "equal",
+        "scheme": "seed:rate=2",
+    } | options
     assert error_of(megjax.simulate, **given).startswith(message)
 
 

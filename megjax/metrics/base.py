@@ -98,7 +98,8 @@ class Metric(Record):
     """Format of its numbers in tables."""
     log_scale: bool = False
     """Whether its axis is logarithmic in plots."""
-    higher_is_better: bool = True
+    panel: bool = True
+    """Whether pictures of sweeps have a panel of it."""
 
     @property
     def collected(self) -> str:

@@ -79,4 +79,6 @@ METRICS.register(
         form=".2f",
     )
 )
-METRICS.register(Metric(name="ssim", title="SSIM", version=1, rank=20, compute=_pairwise(ssim), needs=("images",)))
+METRICS.register(
+    Metric(name="ssim", title="SSIM", version=1, rank=20, compute=_pairwise(ssim), needs=("images",), panel=False)
+)

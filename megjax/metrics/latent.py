@@ -23,6 +23,6 @@ METRICS.register(
         reduce=_relative,
         form=".4f",
         log_scale=True,
-        higher_is_better=False,
+        panel=False,
     )
 )

@@ -127,6 +127,7 @@ def make_simulator(
         guided=config.guided,
         server_steps=getattr(scheme, "server_steps", None),
         device_steps=getattr(scheme, "device_steps", 0),
+        device_sampler=getattr(scheme, "device_sampler", "ddim"),
         energy=parts.energy,
         peak_power=float(config.peak_power),
         decode_batch=config.decode_batch,

@@ -19,7 +19,7 @@ from megjax.configs import require
 from megjax.diffusion import generation
 from megjax.diffusion.generation import Graphs
 from megjax.diffusion.refine import refine
-from megjax.diffusion.samplers import Sampler
+from megjax.diffusion.samplers import SAMPLERS, Sampler
 from megjax.diffusion.scheduler_config import SchedulerConfig
 from megjax.keys import threefry
 from megjax.power import Problem
@@ -27,6 +27,9 @@ from megjax.pytrees import value_of
 from megjax.system.protocol import Code, Link, Source
 from megjax.system.realise import realisation_keys, realise, scaled_load, symbol_shares
 from megjax.units import linear_to_db, noise_var_from_snr_db
+
+_DEVICE_STREAM = 2**32 - 1
+"""Stream of the link's key that is no image's, of noise that the device draws."""
 
 
 class BlockWeights(NamedTuple):
@@ -83,6 +86,7 @@ class Simulator:
     guided: bool
     server_steps: int | None = None
     device_steps: int = 0
+    device_sampler: str = "ddim"
     energy: float | None = None
     peak_power: float = float("inf")
     decode_batch: int | None = None
@@ -174,7 +178,10 @@ class Simulator:
         energy = count[:, None] * jnp.sum(symbol_shares(self.link)[None, None] * power, -1)
         if self.link.result == "error":
             return Delivery(None, None, gains, power, count, energy, decoded.reshape(size))
-        shown, latents = self._generate(params, decoded, ids, size, negative_ids, guidance_scale, generate)
+        if self.link.result == "noisy":
+            keys = self._device_keys(key, images, realisations)
+            decoded = self._denoise(params, decoded, ids, size, negative_ids, guidance_scale, keys)
+        shown, latents = self._generate(params, decoded, generate)
         return Delivery(
             None if shown is None else shown.reshape(*size, *shown.shape[1:]),
             None if latents is None else latents.reshape(*size, *latents.shape[1:]),
@@ -219,22 +226,28 @@ class Simulator:
         over_images = jax.vmap(jax.vmap(one, (0, None, None)), (0, 0, each))
         return over_images(keys, code.payload, code.mean_power)
 
-    def _generate(self, params, decoded, ids, size, negative_ids, guidance_scale, generate: bool):
-        """Image generation at the UE: images and latents of all b * r receptions."""
+    def _device_keys(self, key, images, realisations) -> Key[Array, " n"] | None:
+        """Keys of the noise that the device's sampler draws for every reception, None if it draws none."""
+        if not SAMPLERS.find(self.device_sampler).stochastic:
+            return None
+        flat = jnp.repeat(jnp.asarray(images), len(realisations)), jnp.tile(jnp.asarray(realisations), len(images))
+        return realisation_keys(jax.random.fold_in(threefry(key), _DEVICE_STREAM), *flat)
+
+    def _denoise(self, params, noisy, ids, size, negative_ids, guidance_scale, keys):
+        """Clean latents of all b * r receptions, by the device's steps."""
+        require(ids is not None, "ids", ids, "given, as the device denoises for the same prompts")
+        ids = jnp.asarray(ids)
+        features = generation.prompt_features(self.graphs, params, ids, self._negative(params, ids, negative_ids))
+        positive, negative = (None if f is None else jnp.repeat(f, size[1], axis=0) for f in features)
+        denoiser = generation.denoiser_for(self.graphs, params, positive, negative, guidance_scale)
+        start = noisy.latents, noisy.alpha_bar
+        return refine(denoiser, self.scheduler, *start, self.device_steps, self.device_sampler, keys)
+
+    def _generate(self, params, decoded, generate: bool):
+        """Images, if they are asked for, and latents, unless pixels were sent, of all b * r receptions."""
         if self.link.result == "images":
             return decoded, None
-        latents = decoded
-        if self.link.result == "noisy":
-            require(ids is not None, "ids", ids, "given, as the device denoises for the same prompts")
-            ids = jnp.asarray(ids)
-            negative = self._negative(params, ids, negative_ids)
-            features = generation.prompt_features(self.graphs, params, ids, negative)
-            positive, negative = (None if f is None else jnp.repeat(f, size[1], axis=0) for f in features)
-            denoiser = generation.denoiser_for(self.graphs, params, positive, negative, guidance_scale)
-            latents = refine(denoiser, self.scheduler, decoded.latents, decoded.alpha_bar, self.device_steps)
-        if not generate:
-            return None, latents
-        return generation.decode(self.graphs, params, latents, self.decode_batch), latents
+        return generation.decode(self.graphs, params, decoded, self.decode_batch) if generate else None, decoded
 
     def _negative(self, params, ids, negative_ids):
         if not self.guided:

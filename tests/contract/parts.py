@@ -1,6 +1,7 @@
 """Small computations with fixed keys for the stored outputs: fading laws, policies, samplers, latents, programs."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,14 @@ import optax
 from flax import nnx
 
 from megjax import channel
-from megjax.channel import RayleighFading, ShadowedFading
+from megjax.channel import FADINGS, RayleighFading, find_fading
 from megjax.codec import SeedCodec, SeedCodecConfig, digital, fitting
+from megjax.codec.coders import KLTCoder
 from megjax.codec.linear import latent_statistics
 from megjax.codec.network import Constant
-from megjax.codec.schemes import KLTScheme
 from megjax.diffusion.pipeline import StableDiffusion
-from megjax.diffusion.samplers import denoise, make_sampler, scale_initial
-from megjax.diffusion.scheduler_config import SAMPLERS, SchedulerConfig
+from megjax.diffusion.samplers import SAMPLERS, denoise, make_sampler, scale_initial
+from megjax.diffusion.scheduler_config import SchedulerConfig
 from megjax.power import (
     POLICIES,
     PPO,
@@ -29,11 +30,11 @@ from megjax.power import (
     power_problem,
 )
 from megjax.precision import promoting
-from megjax.sweep.config import FADINGS, find_fading
-from megjax.system import AnalogLink, Transmission, fit_image_codec, fit_seed_errors, make_simulator
+from megjax.registry import Registry
+from megjax.system import AnalogLink, SystemConfig, Transmission, fit_image_codec, fit_seed_errors, make_simulator
 from tests.contract.stored import Part, outputs
 
-ARGUMENTS = {"rician": "6", "nakagami": "2", "jakes": "0.05", "gauss-markov": "0.9"}
+ARGUMENTS = {"rician": "6", "nakagami": "2", "jakes": "0.05", "gauss-markov": "0.9", "shadowed": "6"}
 """What follows the colon in the names of laws that need a number."""
 PROMPTS = ["a red house, large, in the centre", "two green trees under a clear sky"]
 NUM_BLOCKS = 16
@@ -41,15 +42,8 @@ NUM_BLOCKS = 16
 
 def fading_gains(name: str) -> dict[str, np.ndarray]:
     """Eight gains of a law."""
-    law = law_of(name)
+    law = find_fading(f"{name}:{ARGUMENTS[name]}" if name in ARGUMENTS else name)
     return outputs(gains=jax.jit(lambda key: law.sample(key, 8))(jax.random.key(1)))
-
-
-def law_of(name: str):
-    """The law of a name of FADINGS, or one that has none there."""
-    if name == "shadowed":
-        return ShadowedFading(RayleighFading(), 6.0)
-    return find_fading(f"{name}:{ARGUMENTS[name]}" if name in ARGUMENTS else name)
 
 
 @jax.jit
@@ -109,7 +103,7 @@ def sampled_latents(name: str) -> dict[str, np.ndarray]:
 def transmitted() -> Transmission:
     """Seeds of two prompts by the model that ships, after three guided steps, over one realisation of the link."""
     pipe, codec = StableDiffusion.from_pretrained("scenes"), SeedCodec.from_pretrained("scenes")
-    simulator = make_simulator(pipe, codec, "seed", num_steps=3)
+    simulator = make_simulator(pipe, codec, "seed", config=SystemConfig(num_steps=3))
     return jax.jit(simulator)(jax.random.key(5), simulator.params, pipe.tokenize(PROMPTS), jnp.float32(5.0))
 
 
@@ -209,7 +203,7 @@ def image_codec() -> dict[str, np.ndarray]:
 def seed_errors() -> dict[str, np.ndarray]:
     """How the error of a linear code depends on the errors of its blocks, at two SNRs."""
     latents = (np.random.default_rng(13).normal(size=(40, 2, 2, 2)) * np.linspace(2, 0.2, 8).reshape(2, 2, 2)) + 0.7
-    scheme, link = KLTScheme(latent_statistics(latents), (2, 2, 2)), AnalogLink(4, 4, "ordered")
+    scheme, link = KLTCoder(latent_statistics(latents), (2, 2, 2)), AnalogLink(4, 4, "ordered")
     sent = latents.astype(np.float32)
     found = fit_seed_errors(jax.random.key(12), scheme, link, sent, RayleighFading(), (0.0, 10.0))
     return outputs(**found._asdict())
@@ -224,10 +218,21 @@ PROGRAMS = {
     "image_codec": image_codec,
     "seed_errors": seed_errors,
 }
+
+
+def registered(kind: str, registry: Registry, compute: Callable[[str], dict[str, np.ndarray]]) -> list[Part]:
+    """The parts of a registry, each at its version; those that declare none are users' own."""
+    return [
+        Part(kind, part.name, functools.partial(compute, part.name), part.name in SLOW, str(part.version))
+        for part in registry
+        if part.version is not None
+    ]
+
+
 PARTS = (
-    *(Part("fading", name, functools.partial(fading_gains, name), name in SLOW) for name in (*FADINGS, "shadowed")),
-    *(Part("policy", name, functools.partial(policy_power, name), name in SLOW) for name in POLICIES),
-    *(Part("sampler", name, functools.partial(sampled_latents, name)) for name in SAMPLERS),
+    *registered("fading", FADINGS, fading_gains),
+    *registered("policy", POLICIES, policy_power),
+    *registered("sampler", SAMPLERS, sampled_latents),
     *(Part("program", name, compute, name in SLOW) for name, compute in PROGRAMS.items()),
     Part("latents", "server", server_latents, slow=True),
     Part("latents", "received", received_image, slow=True),

@@ -12,17 +12,18 @@ from PIL import Image
 
 from megjax.data import scenes
 from megjax.power import POLICIES
-from megjax.sweep import NAMES, SweepConfig, bench, read_points, run_sweep
+from megjax.sweep import SweepConfig, bench, read_points, run_sweep
+from megjax.system import SCHEMES
 from tests.contract.stored import Part
 from tests.models import write_codec, write_model
 from tests.sweep.conftest import flat_picture
 
 PICTURED = ("seed", "centralized", "centralized-qam", "centralized-coded")
 """Schemes whose pictures are compared, which takes most of the time; of the others, latents are."""
-LATENTS_ONLY = tuple(name for name in NAMES if name not in PICTURED)
+LATENTS_ONLY = tuple(name for name in SCHEMES.names if name not in PICTURED)
 EQUAL_POWER = ("seed", "seed-klt", "opta")
 """Schemes that are also tried at equal power, where it makes a difference."""
-SWEPT_POLICIES = tuple(name for name in POLICIES if name != "dp")
+SWEPT_POLICIES = tuple(name for name in POLICIES.names if name != "dp")
 """Policies of the seed; the dynamic program takes long for every point, and `parts.py` has its powers."""
 FADINGS = ("rician:6", "gauss-markov:0.9")
 BLOCK = 8
@@ -108,7 +109,10 @@ def fading_rows(fading: str) -> dict[str, np.ndarray]:
 
 
 PARTS = (
-    *(Part("scheme", name, functools.partial(scheme_rows, name), slow=True) for name in NAMES),
+    *(
+        Part("scheme", scheme.name, functools.partial(scheme_rows, scheme.name), True, str(scheme.version))
+        for scheme in SCHEMES
+    ),
     *(Part("scheme", f"seed-{name}", functools.partial(policy_rows, name), slow=True) for name in SWEPT_POLICIES),
     *(Part("scheme", f"seed-{name}", functools.partial(fading_rows, name), slow=True) for name in FADINGS),
 )

@@ -3,7 +3,7 @@
 The file `stored.safetensors` holds arrays under `<kind>/<name>/<version>/<array>`: what small computations with fixed
 keys give for every fading law, power policy, sampler and scheme, and for the programs made of them. Outputs are kept
 for each part and version, and a change under an unchanged version fails. Who means to change numbers raises the version
-of the part in `parts.py` or `schemes.py` and records again:
+in the part's record, or of a program in `parts.py`, and records again:
 
     python -m tests.contract.record
 

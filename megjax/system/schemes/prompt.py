@@ -63,6 +63,8 @@ class Prompt(Scheme):
 
     device_steps: int = 5
     """Denoising steps of the device."""
+    device_sampler: str = "ddim"
+    """Sampler of the device, one of `megjax.diffusion.samplers.SAMPLERS` that can start at any noise level."""
 
     def num_symbols(self, image_shape: tuple[int, ...], latent_shape: tuple[int, ...]) -> int:
         """K = 0."""

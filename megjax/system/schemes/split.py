@@ -112,12 +112,14 @@ class Split(Scheme):
 
     name: ClassVar[str] = "split"
     title: ClassVar[str] = "split"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     rank: ClassVar[int] = 90
     result: ClassVar[str] = "noisy"
 
     device_steps: int = 5
     """Denoising steps of the device."""
+    device_sampler: str = "ddim"
+    """Sampler of the device, one of `megjax.diffusion.samplers.SAMPLERS` that can start at any noise level."""
     server_steps: int | None = None
     """Steps after which the server sends; None for all of them."""
 

@@ -150,12 +150,14 @@ class SplitSeed(Seed):
 
     name: ClassVar[str] = "split-seed"
     title: ClassVar[str] = "split of the seed"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     rank: ClassVar[int] = 100
     result: ClassVar[str] = "noisy"
 
     device_steps: int = 5
     """Denoising steps of the device."""
+    device_sampler: str = "ddim"
+    """Sampler of the device, one of `megjax.diffusion.samplers.SAMPLERS` that can start at any noise level."""
 
     def fit(self, parts: Parts) -> SeedErrors:
         """The seed's error over the SNRs, for this law, on the codec's validation latents."""
