@@ -15,10 +15,10 @@ from tqdm import tqdm
 from eval import power_plots
 from eval.measure import console
 from megjax.channel import Fading, GaussMarkovFading, JakesFading, RayleighFading
-from megjax.channel.numerics import squared_magnitude
 from megjax.codec import SeedCodec
 from megjax.configs import require, require_positive_integers
 from megjax.keys import from_seed
+from megjax.numerics import squared_magnitude
 from megjax.power import POLICIES, LearnedPower, LoadedPower, make_policy, power_problem, weighted_errors
 from megjax.runtime import check_seed, command, prepare_output
 from megjax.units import check_snr_db

@@ -12,9 +12,9 @@ import pandas as pd
 import tyro
 
 from megjax.channel import RayleighFading
-from megjax.channel.numerics import squared_magnitude
 from megjax.configs import require, require_positive_integers
 from megjax.keys import from_seed
+from megjax.numerics import squared_magnitude
 from megjax.power import LearnedPower, causal_optimum, make_policy, power_problem, weighted_errors
 from megjax.power.recipe import PRESETS
 from megjax.runtime import command, prepare_output

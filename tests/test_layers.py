@@ -18,6 +18,7 @@ LAYERS = {
     "registry": 0,
     "units": 0,
     "files": 0,
+    "numerics": 0,
     "configs": 0,
     "keys": 0,
     "sharding": 0,

@@ -15,8 +15,8 @@ from eval.markdown import interval
 from eval.measure import Contender, measure
 from eval.stages import STAGES, Measured, Stage
 from megjax.channel import RayleighFading
-from megjax.channel.numerics import squared_magnitude
 from megjax.configs import require, require_count
+from megjax.numerics import squared_magnitude
 from megjax.power import PPO, EqualPower, PowerControl, PPOConfig, causal_optimum, power_problem, weighted_errors
 from megjax.power.environment import EnvParams
 

@@ -20,10 +20,10 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
 from megjax.channel.fading import Fading
-from megjax.channel.numerics import safe_sqrt
 from megjax.channel.parameters import channel_model, check, check_noise_var, scalar
 from megjax.channel.random import complex_normal, split
 from megjax.configs import require_count
+from megjax.numerics import safe_sqrt
 from megjax.pytrees import static
 
 

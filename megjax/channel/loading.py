@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from megjax.channel.numerics import bisect, with_gradient_of
 from megjax.channel.parameters import check
+from megjax.numerics import bisect, with_gradient_of
 
 MeanError = Callable[[Float[Array, "*s"]], Float[Array, "*s"]]
 """E[1 / (1 + x g)] at the mean SNR x >= 0, elementwise, over the law of the gain g of mean 1.

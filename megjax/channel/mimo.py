@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
-from megjax.channel.numerics import safe_sqrt, squared_magnitude
 from megjax.channel.parameters import channel_model, check
 from megjax.channel.random import complex_normal
 from megjax.configs import require_count
+from megjax.numerics import safe_sqrt, squared_magnitude
 from megjax.precision import exact_matmul
 from megjax.pytrees import static
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, Key, UInt32
 
-from megjax.channel.numerics import polynomial
 from megjax.keys import THREEFRY, threefry
+from megjax.numerics import polynomial
 
 # Fitted by Chebyshev interpolation; relative errors of the functions below are under 3e-8 before rounding.
 _LOG1P = (-0.0810163641, 0.1271241, -0.129722556, 0.14202163, -0.166422455, 0.200014689, -0.250002966, 0.333333286)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from megjax.channel.numerics import polynomial
 from megjax.channel.parameters import check
+from megjax.numerics import polynomial
 
 _EULER_GAMMA = np.float32(0.5772156649015329)
 _EXP1_SERIES = tuple((-1.0) ** (k + 1) / (k * math.factorial(k)) for k in range(12, 0, -1))

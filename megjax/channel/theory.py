@@ -18,7 +18,6 @@ from jax.scipy.special import gammainc
 from jaxtyping import Array, ArrayLike, Float
 
 from megjax.channel.modulation import bits_per_symbol
-from megjax.channel.numerics import safe_sqrt
 from megjax.channel.parameters import check
 from megjax.channel.special import (
     bessel_j0,
@@ -30,6 +29,7 @@ from megjax.channel.special import (
     scaled_exp1,
 )
 from megjax.configs import require_count
+from megjax.numerics import safe_sqrt
 
 __all__ = [
     "average_fade_duration_rayleigh",

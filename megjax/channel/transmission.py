@@ -10,9 +10,9 @@ appendix A.3 (LMMSE estimation).
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Complex, Float, Key
 
-from megjax.channel.numerics import safe_sqrt, squared_magnitude
 from megjax.channel.parameters import check, check_noise_var
 from megjax.channel.random import complex_normal
+from megjax.numerics import safe_sqrt, squared_magnitude
 
 
 def transmit(

@@ -12,13 +12,13 @@ from jaxtyping import Array, Float, Int, Key
 
 from megjax.channel import JakesFading, NoFading, RayleighFading, RicianFading
 from megjax.channel.loading import mean_lmmse_error_awgn, static_load
-from megjax.channel.numerics import squared_magnitude
 from megjax.channel.theory import mean_lmmse_error_rayleigh
 from megjax.codec import link
 from megjax.codec.linear import LatentStatistics, klt_nmse, latent_statistics
 from megjax.codec.network import SeedCodecConfig, SeedNetwork
 from megjax.configs import require
 from megjax.keys import threefry
+from megjax.numerics import squared_magnitude
 from megjax.units import db_to_linear, linear_to_db
 
 SMALLEST_LOAD = 1e-4

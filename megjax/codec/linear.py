@@ -15,8 +15,8 @@ from jax.scipy.linalg import cho_factor, cho_solve
 from jaxtyping import Array, ArrayLike, Float
 
 from megjax.channel.loading import MeanError, static_load
-from megjax.channel.numerics import safe_sqrt
 from megjax.configs import require
+from megjax.numerics import safe_sqrt
 from megjax.precision import exact_matmul
 
 VARIANCE_FLOOR = 1e-7

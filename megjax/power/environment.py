@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Complex, Float, Int, Key, UInt32
 
 from megjax.channel import Fading, ImperfectCSI, RayleighFading, effective_noise_var
-from megjax.channel.numerics import safe_sqrt, squared_magnitude
 from megjax.configs import require, require_count
 from megjax.keys import THREEFRY, threefry
+from megjax.numerics import safe_sqrt, squared_magnitude
 from megjax.power.laws import GainLaw, LoadTable, gain_law, load_table, mean_error, static_power
 from megjax.power.problem import Problem, check_num_blocks, check_powers, check_weights, pay
 from megjax.units import check_snr_db, db_to_linear, linear_to_db

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from megjax.channel import Fading
-from megjax.channel.numerics import bisect, cubic_interpolation, squared_magnitude, with_gradient_of
 from megjax.keys import from_seed
+from megjax.numerics import bisect, cubic_interpolation, squared_magnitude, with_gradient_of
 from megjax.power.problem import check_num_blocks
 from megjax.precision import exact_matmul
 

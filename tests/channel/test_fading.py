@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 from megjax.channel.fading import JakesFading, NakagamiFading, NoFading, RayleighFading, RicianFading, ShadowedFading
-from megjax.channel.numerics import safe_sqrt
+from megjax.numerics import safe_sqrt
 from megjax.pytrees import pytree_dataclass
 from tests.channel.draws import draw, realisations
 from tests.checks import NUM_DISTRIBUTION, check_distribution, within_standard_error

@@ -15,11 +15,11 @@ from scipy.special import j0
 from eval import benchmark
 from eval.measure import Contender
 from eval.stages import codec
-from megjax.channel.numerics import safe_sqrt
 from megjax.codec import fitting, link
 from megjax.codec.fitting import Conditions
 from megjax.codec.network import Constant, SeedNetwork
 from megjax.codec.recipe import PRESETS
+from megjax.numerics import safe_sqrt
 from megjax.training import FitConfig, init_state, make_step
 from megjax.units import db_to_linear, linear_to_db
 from tests.checks import within_standard_error

@@ -9,8 +9,8 @@ import pytest
 
 from eval import power
 from megjax.channel import RayleighFading
-from megjax.channel.numerics import squared_magnitude
 from megjax.codec import SeedCodec
+from megjax.numerics import squared_magnitude
 from megjax.power import LearnedPower, StaticPower, gain_law, load_table, power_problem
 from train import power as training
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megjax.channel import GaussMarkovFading, JakesFading, RayleighFading, ShadowedFading
-from megjax.channel.numerics import squared_magnitude
+from megjax.numerics import squared_magnitude
 from megjax.power import (
     CausalOptimum,
     ChannelInversion,

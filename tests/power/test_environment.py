@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megjax.channel import ImperfectCSI, NoFading, RayleighFading
-from megjax.channel.numerics import squared_magnitude
+from megjax.numerics import squared_magnitude
 from megjax.power import PowerControl, weighted_errors
 from megjax.power.environment import observation_size, share_of_offset
 from tests.checks import within_standard_error

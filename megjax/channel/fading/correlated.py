@@ -10,11 +10,11 @@ from jax.scipy.special import i0e
 from jaxtyping import Array, ArrayLike, Complex, Key
 
 from megjax.channel.fading.base import FADINGS, FadingLaw
-from megjax.channel.numerics import safe_sqrt
 from megjax.channel.parameters import channel_model, check, number, scalar
 from megjax.channel.phasor import rotation
 from megjax.channel.random import complex_normal, split, uniform
 from megjax.configs import require_count
+from megjax.numerics import safe_sqrt
 from megjax.precision import EXACT
 from megjax.pytrees import static
 

@@ -9,10 +9,10 @@ from jax.scipy.special import i0e
 from jaxtyping import Array, ArrayLike, Complex, Key
 
 from megjax.channel.fading.base import FADINGS, FadingLaw
-from megjax.channel.numerics import safe_sqrt
 from megjax.channel.parameters import channel_model, check, number, scalar
 from megjax.channel.random import complex_normal, split, unit_phasor
 from megjax.configs import require_count
+from megjax.numerics import safe_sqrt
 from megjax.pytrees import static
 from megjax.units import db_to_linear
 

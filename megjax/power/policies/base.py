@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from megjax.channel import Fading
-from megjax.channel.numerics import squared_magnitude
 from megjax.configs import require
 from megjax.keys import from_seed
+from megjax.numerics import squared_magnitude
 from megjax.power.problem import Problem, check_gains, pay, power_problem
 from megjax.registry import Record, Registry
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from megjax.channel.numerics import bisect, with_gradient_of
+from megjax.numerics import bisect, with_gradient_of
 from megjax.power.policies.base import POLICIES, PowerPolicy
 from megjax.power.problem import Problem, check_gains
 from megjax.pytrees import pytree_dataclass

@@ -5,7 +5,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from megjax.channel.numerics import bisect
+from megjax.numerics import bisect
 from megjax.power.laws import GainLaw, gain_law
 from megjax.power.policies.base import POLICIES, PowerPolicy, spend
 from megjax.power.problem import Problem

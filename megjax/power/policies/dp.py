@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 
 from megjax.channel import Fading
 from megjax.channel.fading import DEPENDENCES
-from megjax.channel.numerics import bisect
 from megjax.configs import require
+from megjax.numerics import bisect
 from megjax.power.laws import GainLaw, gain_law
 from megjax.power.policies.base import POLICIES, PowerPolicy, spend
 from megjax.power.problem import Problem
