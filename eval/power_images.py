@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from eval.measure import console
 from megjax.channel import RayleighFading
-from megjax.channel.numerics import squared_magnitude
 from megjax.codec import SeedCodec
 from megjax.codec.coders import LearnedCoder
 from megjax.configs import require_positive_integers, write_text
@@ -23,6 +22,7 @@ from megjax.data.latents import load
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.keys import from_seed
 from megjax.metrics import bootstrap_interval, psnr
+from megjax.numerics import squared_magnitude
 from megjax.power import LearnedPower, LoadedPower, make_policy, power_problem
 from megjax.runtime import command, prepare_output
 from megjax.system import AnalogLink, Source, realisation_keys, realise

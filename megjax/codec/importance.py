@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Key
 
 from megjax.channel import Fading
-from megjax.channel.numerics import squared_magnitude
 from megjax.codec import link
 from megjax.codec.coders import Coder
 from megjax.configs import require
 from megjax.keys import threefry
+from megjax.numerics import squared_magnitude
 from megjax.units import db_to_linear
 
 POWERS = ("codec", "equal")

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Complex, Float, Int, Key
 
 from megjax.channel import MAPPINGS, complex_normal, equalize_lmmse, pack, post_equalisation_snr, transmit, unpack
-from megjax.channel.numerics import safe_sqrt
 from megjax.configs import is_integer, require
+from megjax.numerics import safe_sqrt
 
 
 class Spending(NamedTuple):

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from megjax.channel import MAPPINGS
-from megjax.channel.numerics import squared_magnitude
 from megjax.codec import SeedCodec
 from megjax.codec.coders import LearnedCoder
 from megjax.codec.link import check_symbols
@@ -16,6 +15,7 @@ from megjax.diffusion import generation
 from megjax.diffusion.pipeline import StableDiffusion
 from megjax.keys import threefry
 from megjax.metrics import psnr
+from megjax.numerics import squared_magnitude
 from megjax.system.protocol import Source
 from megjax.system.schemes import AnalogLink
 from megjax.units import db_to_linear

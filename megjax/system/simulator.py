@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Complex, Float, Int, Integer, Key, PyTree
 
-from megjax.channel.numerics import squared_magnitude
 from megjax.configs import require
 from megjax.diffusion import generation
 from megjax.diffusion.generation import Graphs
@@ -22,6 +21,7 @@ from megjax.diffusion.refine import refine
 from megjax.diffusion.samplers import SAMPLERS, Sampler
 from megjax.diffusion.scheduler_config import SchedulerConfig
 from megjax.keys import threefry
+from megjax.numerics import squared_magnitude
 from megjax.power import Problem
 from megjax.pytrees import value_of
 from megjax.system.protocol import Code, Link, Source

@@ -12,9 +12,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree
 from PIL import Image
 
 from megjax.channel import Fading
-from megjax.channel.numerics import squared_magnitude
 from megjax.configs import require
 from megjax.keys import threefry
+from megjax.numerics import squared_magnitude
 from megjax.power.problem import check_num_blocks
 from megjax.system.protocol import Code, Link, Source, mean_power
 from megjax.system.schemes.base import SCHEMES, Parts, Scheme
