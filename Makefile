@@ -58,13 +58,14 @@ channel: .venv/run.stamp
 # The seed codec next to its rivals and its limit, and its tables in docs/; trains the learned receiver for the raw latent.
 codec: .venv/run.stamp
 	$(BIN)/python -m train.codec --variant denoiser --steps 5000
-	$(BIN)/python -m eval.codec
+	$(BIN)/python -m eval.sweep --preset codec --training runs/codec-scenes/generated --output outputs/codec
+	$(BIN)/python -m eval.codec_report
 	cp outputs/codec/docs_table.md docs/codec-results.md
 	cp outputs/codec/psnr.png docs/codec-psnr.png
 	cp outputs/codec/nmse.png docs/codec-nmse.png
 	cp outputs/codec/additive.png docs/codec-additive.png
 
-# Power policies: five seeds of PPO and correlated fading next to the causal optimum; images need the caches of `make codec`.
+# Power policies: five seeds of PPO and correlated fading next to the causal optimum; image rewards need the caches of `make codec`.
 power: .venv/run.stamp
 	for seed in 0 1 2 3 4; do $(BIN)/python -m train.power --weights equal --seed $$seed || exit 1; done
 	$(BIN)/python -m train.power --updates 300
@@ -73,6 +74,7 @@ power: .venv/run.stamp
 	$(BIN)/python -m train.power --weights equal --fading jakes --history 4
 	$(BIN)/python -m train.power --reward image --start scenes --envs 128 --updates 60 --learning-rate 1e-3
 	$(BIN)/python -m eval.power
+	$(BIN)/python -m eval.sweep --preset power --output outputs/power
 	$(BIN)/python -m eval.power_images
 	cat outputs/power/tables.md outputs/power/images.md > docs/power-results.md
 	cp outputs/power/policies.png docs/power-policies.png
@@ -84,7 +86,7 @@ power: .venv/run.stamp
 FIGURES := $(if $(QUICK),outputs/quick,outputs/sweeps)
 figures: export OPENBLAS_NUM_THREADS ?= 1
 figures: .venv/run.stamp
-	$(BIN)/python -m eval.sweep --preset all --output $(FIGURES) $(if $(QUICK),--quick)
+	$(BIN)/python -m eval.sweep --preset results --output $(FIGURES) $(if $(QUICK),--quick)
 	$(BIN)/python -m eval.costs --output $(FIGURES)/costs
 	$(BIN)/python -m train.power --weights equal $(if $(QUICK),--updates 60 --folder $(FIGURES)/power-equal-rayleigh-0)
 	$(BIN)/python -m eval.power_tables --output $(FIGURES)/power $(if $(QUICK),--runs $(FIGURES))

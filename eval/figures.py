@@ -23,7 +23,7 @@ class Arguments:
     """Where the sweeps are and where the page goes."""
 
     sweeps: Path = Path("outputs/sweeps")
-    """Folder of eval.sweep --preset all, eval.costs and eval.power_tables."""
+    """Folder of eval.sweep --preset results, eval.costs and eval.power_tables."""
     output: Path = Path("docs")
     """Folder for results.md and its pictures, results-*.png."""
 
@@ -42,7 +42,7 @@ def run(args: Arguments) -> Path:
     results, points = {}, {}
     for name in SWEEPS:
         folder = args.sweeps / name
-        results[name] = read_table(folder / "results.parquet", f"eval.sweep --preset {name}")
+        results[name] = read_table(folder / "results.parquet", "eval.sweep --preset results")
         require(len(results[name]) > 0, "sweep", str(folder), "one with points")
         points[name] = read_points(folder)
     costs = read_table(args.sweeps / "costs" / "costs.parquet", "eval.costs")

@@ -36,7 +36,9 @@ class Arguments:
     preset: str = "scenes"
     """The recipe that it was trained by."""
     data: Path = Path("runs/codec-scenes")
-    """Run folder of train.codec, with its latents `generated`, `encoded` and, from eval.codec, `held_out`."""
+    """Run folder of train.codec, with its latents `generated` and `encoded`."""
+    held_out: Path = Path("runs/latents/scenes-0")
+    """Cache of held-out latents, as eval.sweep makes it."""
     snr_db: tuple[float, ...] = (-5.0, 5.0, 15.0)
     """SNRs in dB; each rate's effective SNR is that of equal energy, 10 log10 r more."""
     rates: tuple[float, ...] = (1.0, 2.0, 4.0)
@@ -80,7 +82,8 @@ def run(args: Arguments) -> list[dict]:
     require_positive_integers(args, "arguments", ("steps", "num"))
     check_snr_db(args.snr_db)
     codec = SeedCodec.from_pretrained(args.codec)
-    sets = {name: latents.load(args.data / name) for name in ("generated", "encoded", "held_out")}
+    folders = {"generated": args.data / "generated", "encoded": args.data / "encoded", "held_out": args.held_out}
+    sets = {name: latents.load(folder) for name, folder in folders.items()}
     recipe = PRESETS[args.preset]
     generated, encoded = sets["generated"][: recipe.num_generated], sets["encoded"][: recipe.num_encoded]
     held_out = sets["held_out"][: args.num]

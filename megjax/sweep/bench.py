@@ -36,6 +36,8 @@ from megjax.system import (
 )
 from megjax.units import linear_to_db
 
+SHARD = 100
+"""Latents in a file of a cache."""
 IMAGE_CODEC_SCENES = 400
 """Training pictures that the coded image's quality and rate are chosen on."""
 TABLE_KEY, RENDER_KEY = 2**32 - 1, 2**32 - 2
@@ -96,6 +98,8 @@ class Bench:
     prompts: Prompts
     cache: Path
     """Folder of the latents."""
+    training: Path
+    """Folder of the training latents."""
     batch: int
     """Receptions at a time."""
     kept: Kept = dataclasses.field(default_factory=Kept)
@@ -120,6 +124,14 @@ class Bench:
         options = {"num_steps": self.config.steps, "guidance_scale": self.config.guidance}
         made = generate(self.pipe, self.prompts.texts, self.cache, seed=self.seed + 1, **options)
         return made[: self.config.num_images]
+
+    @functools.cached_property
+    def training_latents(self) -> np.ndarray:
+        """Latents of training captions, for what schemes fit; generated or from the cache, the same for all seeds."""
+        num = self.config.num_training
+        captions = scene_captions(-(-num // SHARD) * SHARD, 0, "train")
+        options = {"num_steps": self.config.steps, "guidance_scale": self.config.guidance, "shard_size": SHARD}
+        return generate(self.pipe, captions, self.training, seed=0, **options)[:num]
 
     @functools.cached_property
     def images(self) -> np.ndarray:
@@ -202,6 +214,7 @@ class Bench:
             self.config.snr_db,
             jax.random.fold_in(from_seed(self.seed), TABLE_KEY),
             lambda: self._renders("train", IMAGE_CODEC_SCENES),
+            lambda: self.training_latents,
         )
         return scheme.fit(parts)
 
@@ -274,7 +287,9 @@ def generate_partial(pipe: StableDiffusion, texts: list[str], seed: int, config:
     return np.concatenate(parts)[: config.num_images]
 
 
-def make_bench(config: SweepConfig, model: str, seed: int, latents: Path, batch: int) -> tuple[Bench, dict[str, Any]]:
+def make_bench(
+    config: SweepConfig, model: str, seed: int, latents: Path, batch: int, training: Path | None = None
+) -> tuple[Bench, dict[str, Any]]:
     """The bench of one model and seed, and the digests of what its numbers depend on."""
     folder = locate(model)
     pipe = StableDiffusion.from_pretrained(folder)
@@ -286,8 +301,9 @@ def make_bench(config: SweepConfig, model: str, seed: int, latents: Path, batch:
     pipe.sampler(None, config.steps)
     inception = None if config.inception is None else Inception.load(config.inception, config.inception_resizing)
     given = {"scenenet": scenenet, "inception": inception}
+    caches = latents / f"{folder.name}-{seed}", training or latents / f"{folder.name}-training"
     networks = tuple(Network(name, *nnx.split(one)) for name, one in given.items() if one is not None)
-    bench = Bench(config, pipe, codec, statistics, networks, seed, prompts, latents / f"{folder.name}-{seed}", batch)
+    bench = Bench(config, pipe, codec, statistics, networks, seed, prompts, *caches, batch)
     coded = None if codec is None else codec_digest(codec, config.codec)
     digests = {"model": model_digest(pipe), "codec": coded, "prompts": digest(prompts.texts)}
     if inception is not None:

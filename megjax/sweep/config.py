@@ -52,6 +52,8 @@ class SweepConfig:
     """"scenes" (held-out captions) or a text file, one prompt a line."""
     metrics: Literal["image", "latent"] = "image"
     """image: PSNR, SSIM, Frechet distance, caption accuracy and the latents' error; latent: the latter alone."""
+    num_training: int = 10_000
+    """Training latents, for schemes that are fitted on some (seed-digital)."""
     num_images: int = 2000
     """Images, one prompt each."""
     realisations: int = 4
@@ -68,8 +70,9 @@ class SweepConfig:
     """How images come to the size of Inception: bilinear (the original FID) or clean (as clean-fid)."""
 
     def __post_init__(self):
-        require_positive_integers(self, "sweep", ("num_images", "realisations", "num_blocks", "steps"))
-        require(self.num_images >= 2, "num_images", self.num_images, "2 or more")
+        require_positive_integers(self, "sweep", ("num_images", "num_training", "realisations", "num_blocks", "steps"))
+        for name in ("num_images", "num_training"):
+            require(getattr(self, name) >= 2, name, getattr(self, name), "2 or more")
         lists = ("schemes", "snr_db", "rates", "fadings", "policies", "modes", "peak_powers", "device_steps")
         for name in (*lists, "server_steps", "seeds", "models"):
             values = getattr(self, name)
@@ -99,7 +102,7 @@ class SweepConfig:
 
     def shared(self) -> dict[str, Any]:
         """What all points of a results folder have in common."""
-        names = ("prompts", "metrics", "num_images", "realisations", "num_blocks", "steps", "guidance")
+        names = ("prompts", "metrics", "num_images", "num_training", "realisations", "num_blocks", "steps", "guidance")
         return {name: getattr(self, name) for name in names}
 
     def points(self) -> list["Point"]:

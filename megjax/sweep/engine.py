@@ -30,6 +30,7 @@ def run_sweep(
     folder: Path,
     *,
     latents: Path = Path("runs/latents"),
+    training: Path | None = None,
     batch: int = 40,
     about: dict[str, str] | None = None,
     progress: bool = True,
@@ -40,10 +41,11 @@ def run_sweep(
     A point depends on the configuration, the models, the codec and its own key only, and is written in one step: a run
     that is killed at any moment goes on where it was, with identical results. Longer lists add points; a folder whose
     points share another setting or model is refused. Latents are generated once for each model and seed, in `latents`,
-    and spread over the local devices together with `batch` receptions at a time. The processes of a job, which must
-    share `folder` and `latents`, take turns at the missing points; the first of them writes the table, and all return
-    it. No number depends on how many devices or processes there are, but for rounding. `about` are notes (versions,
-    commit) that go with every row; `on_point` is called after each measured point.
+    those that schemes are fitted on in `training` (by default beside them), and spread over the local devices together
+    with `batch` receptions at a time. The processes of a job, which must share all folders, take turns at the missing
+    points; the first of them writes the table, and all return it. No number depends on how many devices or processes
+    there are, but for rounding. `about` are notes (versions, commit) that go with every row; `on_point` is called after
+    each measured point.
 
     Rows hold the point, `n` receptions and `images`, the mean and the 95 % interval (over images) of every metric, and
     in the points' own files the mean of every image. Raises ValueError, before anything is measured, for a bad
@@ -58,7 +60,9 @@ def run_sweep(
     benches, digests = {}, {}
     for model in config.models:
         for seed in config.seeds:
-            benches[model, seed], digests[source_name(model, seed)] = make_bench(config, model, seed, latents, batch)
+            benches[model, seed], digests[source_name(model, seed)] = make_bench(
+                config, model, seed, latents, batch, training
+            )
     store = Store(folder, {**config.shared(), "sources": digests})
     asked = config.points()
     measured: dict[Point, dict[str, Any] | None] = {point.physics(): None for point in asked}

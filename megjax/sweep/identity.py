@@ -16,7 +16,7 @@ from megjax.channel import FADINGS, Fading, find_fading
 from megjax.configs import require
 from megjax.power import POLICIES, Policy, find_policy
 from megjax.registry import Registry
-from megjax.system import SCHEMES
+from megjax.system import SCHEMES, find_scheme
 
 
 def digest(values: Any) -> str:
@@ -88,7 +88,7 @@ def object_digest(path: str, value: Any) -> str:
 
 def scheme_identity(name: str) -> list[Any]:
     """What tells a scheme from another, its options being part of its name."""
-    return part_identity(SCHEMES, name, None)
+    return part_identity(SCHEMES, name, find_scheme(name).weights())
 
 
 def _module_of(part: Any) -> str:

@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from megjax.metrics import Received
 from megjax.metrics.base import measurable
+from megjax.sharding import data_mesh
 from megjax.system import Code, Delivery, Simulator, Source
 
 PICTURES = 4
@@ -59,10 +59,8 @@ def devices_for(count: int, factorises: bool) -> Mesh:
     A program that factorises matrices has one CPU device alone: LAPACK calls of two at once have been seen to wait for
     each other forever (JAX 0.10.2).
     """
-    devices = np.asarray(jax.local_devices())
-    if factorises and devices[0].platform == "cpu":
-        devices = devices[:1]
-    return Mesh(devices if count % len(devices) == 0 else devices[:1], ("data",))
+    devices = jax.local_devices()
+    return data_mesh(count, devices[:1] if factorises and devices[0].platform == "cpu" else devices)
 
 
 def receive(

@@ -22,12 +22,13 @@ class Fading(Protocol):
     - "markov": given |h_t|^2, later ones do not depend on earlier ones.
     - "other": in some other way.
 
-    Two methods are optional, and make tables of power control exact; both take and return arrays of one shape, and are
-    called outside jit:
+    Three methods are optional. The first two make tables of power control exact; they take and return arrays of one
+    shape, and are called outside jit:
 
     - `gain_log_density(gains)`: logarithm of the density of a block's |h_t|^2, up to a constant.
     - `transition_log_density(before, after)`: logarithm of the density of |h_{t+1}|^2 = after given |h_t|^2 = before,
       up to a constant for each `before`; of laws whose dependence is "markov".
+    - `mean_lmmse_error(snr)`, static: E[1 / (1 + snr |h_t|^2)], elementwise, for loads that are best for the law.
     """
 
     dependence: ClassVar[str]

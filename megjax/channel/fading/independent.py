@@ -9,6 +9,7 @@ from jax.scipy.special import i0e
 from jaxtyping import Array, ArrayLike, Complex, Key
 
 from megjax.channel.fading.base import FADINGS, FadingLaw
+from megjax.channel.loading import mean_lmmse_error_awgn
 from megjax.channel.parameters import channel_model, check, number, scalar
 from megjax.channel.random import complex_normal, split, unit_phasor
 from megjax.configs import require_count
@@ -22,6 +23,7 @@ class NoFading:
     """Additive white Gaussian noise only: every gain is 1."""
 
     dependence: ClassVar[str] = "independent"
+    mean_lmmse_error = staticmethod(mean_lmmse_error_awgn)
 
     def sample(self, key: Key[Array, ""], num_blocks: int) -> Complex[Array, " t"]:
         """Gains [t] of ones; `key` is unused."""

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from megjax.channel import MAPPINGS, symbols_per_block
-from megjax.codec import link
+from megjax.channel.theory import mean_lmmse_error_rayleigh
+from megjax.codec import SeedCodec, link
 from megjax.codec.coders import KLTCoder, LearnedCoder, RawCoder
 from megjax.configs import require
 from megjax.system.protocol import Code, Link, Source, mean_power
@@ -107,8 +108,10 @@ class SeedKLT(Seed):
     rank: ClassVar[int] = 20
 
     def coder(self, parts: Parts) -> KLTCoder:
-        """The transform, with loads that are best under Rayleigh fading."""
-        return KLTCoder(codec_statistics(parts.require_learned(self.name)), parts.latent_shape)
+        """The transform, with loads that are best under the law, or under Rayleigh fading if it has no mean error."""
+        statistics = codec_statistics(parts.require_learned(self.name))
+        mean_error = getattr(parts.fading, "mean_lmmse_error", mean_lmmse_error_rayleigh)
+        return KLTCoder(statistics, parts.latent_shape, mean_error)
 
 
 @SCHEMES.register
@@ -156,6 +159,41 @@ class LatentWiener(Latent):
     def statistics(self, parts: Parts) -> Any:
         """Covariance of the codec's training latents."""
         return codec_statistics(parts.require_learned(self.name))
+
+
+@SCHEMES.register
+@dataclasses.dataclass(frozen=True)
+class LatentDenoiser(Latent):
+    """The raw latent, received by a learned denoiser: a codec with transform "raw" that is trained for it."""
+
+    name: ClassVar[str] = "latent-denoiser"
+    title: ClassVar[str] = "latent, learned receiver"
+    version: ClassVar[int] = 1
+    rank: ClassVar[int] = 55
+
+    folder: str = "runs/codec-scenes/denoiser/model"
+    """Folder of the codec, as `python -m train.codec --variant denoiser` writes it."""
+
+    def build(self, parts: Parts, fitted: Any) -> tuple[Link, Any]:
+        """An analog link and the codec as coder."""
+        denoiser, shape = self._denoiser(), parts.latent_shape
+        require(
+            denoiser.latent_shape == shape, "denoiser's latent shape", denoiser.latent_shape, f"the model's, {shape}"
+        )
+        count = self.num_symbols(parts.image_shape, shape)
+        link.check_symbols(count, int(np.prod(shape)), parts.num_blocks)
+        return AnalogLink(count, parts.num_blocks, self.mapping), LearnedCoder(denoiser.graph, denoiser.state)
+
+    def weights(self) -> Any:
+        """Configuration and weights of the codec."""
+        denoiser = self._denoiser()
+        return repr(denoiser.config), denoiser.state
+
+    def _denoiser(self) -> SeedCodec:
+        codec = SeedCodec.from_pretrained(self.folder)
+        kind = codec.config.transform
+        require(kind == "raw", "folder", self.folder, f"a codec with transform 'raw', not {kind!r}")
+        return codec
 
 
 @SCHEMES.register

@@ -45,6 +45,8 @@ class Parts:
     """Key of what `Scheme.fit` draws."""
     training_images: Callable[[], Float[np.ndarray, "n H W 3"]] | None = None
     """Pictures like those that will be sent, for choices that are made on data; None where there are none."""
+    training_latents: Callable[[], Float[np.ndarray, "n h w c"]] | None = None
+    """Generated latents like those that will be sent; None where there are none."""
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -109,6 +111,9 @@ class Scheme:
     def fit(self, parts: Parts) -> Any:
         """What `build` needs that takes long to make and depends on no single SNR: a pytree, or None."""
         del parts
+
+    def weights(self) -> Any:
+        """Trained weights that an option names: a pytree, which sweeps file results under too."""
 
     def build(self, parts: Parts, fitted: Any) -> tuple[Link, Any]:
         """The link and its parameters; `fitted` is what `fit` gave. ValueError for parts that do not fit."""

@@ -1,34 +1,90 @@
 """Tables, plots and markdown of the codec's evaluation, from the values of each image at each point."""
 
+import dataclasses
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from eval.codec_points import FADINGS
 from eval.markdown import interval, table
 from eval.plots import line_with_bars, panels, save
+from megjax.configs import require
 from megjax.files import write_text
+from megjax.sweep import Point as SweepPoint
+from megjax.sweep import SweepConfig, read_points
 from megjax.tables import write_parquet
 from megjax.units import linear_to_db
 
 CONFIDENCE, RESAMPLES = 0.95, 2000
 NOTHING = (np.nan,) * 3
 """Estimate and interval of what was not measured."""
-RIVALS = {"raw": 1.0, "raw_wiener": 1.0, "raw_denoiser": 1.0, "klt": None, "digital": None}
+RIVALS = {"latent": 1.0, "latent-wiener": 1.0, "latent-denoiser": 1.0, "seed-klt": None, "seed-digital": None}
 """Schemes that the seed is compared with, and their rate; None: the seed's own."""
 NAMES = {
     "seed": "seed",
-    "klt": "KLT",
-    "digital": "digital",
+    "seed-klt": "KLT",
+    "seed-digital": "digital",
     "opta": "Gaussian OPTA",
-    "raw": "raw",
-    "raw_wiener": "raw + Wiener",
-    "raw_denoiser": "raw + denoiser",
+    "latent": "raw",
+    "latent-wiener": "raw + Wiener",
+    "latent-denoiser": "raw + denoiser",
 }
+FADINGS = {"rayleigh": "Rayleigh", "awgn": "AWGN"}
 COLOURS = {name: f"C{i}" for i, name in enumerate(NAMES)}
+
+
+class Point(NamedTuple):
+    """One scheme at one effective SNR, which several rows of the tables may show."""
+
+    scheme: str
+    fading: str
+    snr_db: float
+    num_symbols: int
+    power: str
+    mapping: str
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether it is the seed with another mapping or power than its own."""
+        return self.scheme == "seed" and (self.power, self.mapping) != ("codec", "ordered")
+
+
+class Row(NamedTuple):
+    """One row of the tables: where the point stands in the comparison."""
+
+    mode: str
+    rate: float
+    snr_db: float
+    budget: float
+    """P: 1 at equal power, n / (2 K) at equal energy."""
+    point: Point
+
+
+def rows_of(sweeps: dict[Path, SweepConfig]) -> tuple[list[Row], dict[Point, dict[str, np.ndarray]]]:
+    """Rows that sweeps were asked for, and the values [n 1] of every image at their points; ValueError if one lacks."""
+    rows, values = [], {}
+    for folder, config in sweeps.items():
+        found = {_place(row): row for row in read_points(folder)}
+        for asked in config.points():
+            measured = found.get(_place(dataclasses.asdict(asked.physics())))
+            require(measured is not None, "sweep", str(folder), f"one with {asked.scheme} at {asked.snr_db:g} dB")
+            scheme, mapping = asked.made().name, getattr(asked.made(), "mapping", "ordered")
+            budget = round(measured["energy"] / measured["num_symbols"], 6)
+            level = round(asked.snr_db + float(linear_to_db(budget)), 4)
+            point = Point(scheme, asked.fading, level, int(measured["num_symbols"]), asked.policy, mapping)
+            rows.append(Row(asked.mode, asked.rate, asked.snr_db, budget, point))
+            columns = {name: measured.get(f"{name}_values") for name in ("nmse", "psnr_db")}
+            mine = {name: np.asarray(column)[:, None] for name, column in columns.items() if column is not None}
+            values[point] = values.get(point, {}) | mine
+    return list(dict.fromkeys(rows)), values
+
+
+def _place(row: dict[str, Any]) -> tuple:
+    """What tells a point of a sweep from its others."""
+    names = [field.name for field in dataclasses.fields(SweepPoint) if field.name != "peak_power"]
+    return tuple(row[name] for name in names)
 
 
 class Bootstrap:
@@ -109,11 +165,11 @@ def gap_table(rows, boot: Bootstrap) -> pd.DataFrame:
     lines = []
     for mode, rate, snr_db, scheme in place:
         if scheme == "seed":
-            points = [(place[mode, rate, snr_db, name], "nmse") for name in ("klt", "seed", "opta")]
+            points = [(place[mode, rate, snr_db, name], "nmse") for name in ("seed-klt", "seed", "opta")]
             share = boot.interval(lambda k, s, o: _share(*map(decibels, (k, s, o))), *points)
             levels = {f"{p.scheme}_nmse_db": boot.interval(decibels, (p, name))[0] for p, name in points}
             line = {"mode": mode, "rate": rate, "snr_db": snr_db, **levels}
-            line["gap_db"] = line["klt_nmse_db"] - line["opta_nmse_db"]
+            line["gap_db"] = line["seed-klt_nmse_db"] - line["opta_nmse_db"]
             lines.append({**line, **spread("share", share)})
     return pd.DataFrame(lines)
 
@@ -141,7 +197,7 @@ def studies_tables(studies: dict[float, dict[str, np.ndarray]], rate: float) -> 
     return pd.DataFrame(blocks), pd.DataFrame(additive)
 
 
-def write(output: Path, rows, files, studies, rate: float, table: bool) -> pd.DataFrame:
+def write(output: Path, rows, files, studies, rate: float) -> pd.DataFrame:
     """Every table and plot into a folder, each in one step; returns the main table."""
     boot = bootstrap(files)
     frames = {"results": results_table(rows, files, boot), "comparisons": comparisons_table(rows, boot)}
@@ -149,8 +205,7 @@ def write(output: Path, rows, files, studies, rate: float, table: bool) -> pd.Da
     frames["blocks"], frames["additive"] = studies_tables(studies, rate)
     for name, frame in frames.items():
         write_parquet(frame, output / f"{name}.parquet")
-    if table:
-        write_text(output / "docs_table.md", markdown(frames))
+    write_text(output / "docs_table.md", markdown(frames))
     draw(output, frames)
     return frames["results"]
 
@@ -188,7 +243,7 @@ def markdown(frames: dict[str, pd.DataFrame]) -> str:
 
 
 def _label(row) -> str:
-    return NAMES[row.scheme] + ("" if row.scheme.startswith("raw") else f", r = {row.rate:g}")
+    return NAMES[row.scheme] + ("" if row.scheme.startswith("latent") else f", r = {row.rate:g}")
 
 
 def _grid(labels, frame: pd.DataFrame, value: str) -> str:
@@ -204,12 +259,12 @@ def _grid(labels, frame: pd.DataFrame, value: str) -> str:
 def _gains(comparisons: pd.DataFrame, num: int) -> list[str]:
     """Paired gains in image PSNR over every rival, and in latent NMSE over the best linear code."""
     energy, power = (comparisons[comparisons["mode"] == mode] for mode in ("equal_energy", "equal_power"))
-    raw = power.rival.str.startswith("raw")
+    raw = power.rival.str.startswith("latent")
     kinds = [
         ("psnr_gain_db", "image PSNR", "equal energy", energy),
         ("psnr_gain_db", "image PSNR", "equal power", power[raw]),
     ]
-    kinds.append(("nmse_gain_db", "latent NMSE", "equal energy", energy[energy.rival == "klt"]))
+    kinds.append(("nmse_gain_db", "latent NMSE", "equal energy", energy[energy.rival == "seed-klt"]))
     lines = []
     for (value, unit, mode, frame), (fading, title) in itertools.product(kinds, FADINGS.items()):
         here = frame[frame.fading == fading].dropna(subset=value)
@@ -240,11 +295,13 @@ def _draw_nmse(results: pd.DataFrame):
     figure, axes = panels(len(FADINGS), len(rates), (3.6 * len(rates), 3.4 * len(FADINGS)))
     for i, (fading, title) in enumerate(FADINGS.items()):
         for j, rate in enumerate(rates):
-            here = results[(results.fading == fading) & ((results.rate == rate) | results.scheme.str.startswith("raw"))]
+            here = results[
+                (results.fading == fading) & ((results.rate == rate) | results.scheme.str.startswith("latent"))
+            ]
             for scheme in NAMES:
                 lines = here[here.scheme == scheme]
                 if len(lines):
-                    dashes = "--" if scheme == "opta" else ":" if scheme.startswith("raw") else "-"
+                    dashes = "--" if scheme == "opta" else ":" if scheme.startswith("latent") else "-"
                     style = {"label": NAMES[scheme], "color": COLOURS[scheme], "linestyle": dashes}
                     line_with_bars(axes[i, j], lines, "snr_db", "nmse_db", **style)
             axes[i, j].set(xlabel="SNR (dB), equal energy", ylabel="latent NMSE (dB)", title=f"{title}, r = {rate:g}")
@@ -262,10 +319,10 @@ def _draw_psnr(results: pd.DataFrame):
         for i, rate in enumerate(sorted(results.dropna(subset="psnr_db").rate.unique())):
             lines = here[(here.scheme == "seed") & (here.rate == rate)]
             line_with_bars(axis, lines, "snr_db", "psnr_db", label=f"seed, r = {rate:g}", color=f"C{i}")
-        others = {"klt": (f"KLT, r = {middle:g}", "--", "C4"), "raw": ("raw", ":", "C5")}
-        others |= {"raw_wiener": ("raw + Wiener", ":", "C6"), "raw_denoiser": ("raw + denoiser", ":", "C7")}
+        others = {"seed-klt": (f"KLT, r = {middle:g}", "--", "C4"), "latent": ("raw", ":", "C5")}
+        others |= {"latent-wiener": ("raw + Wiener", ":", "C6"), "latent-denoiser": ("raw + denoiser", ":", "C7")}
         for scheme, (label, dashes, colour) in others.items():
-            lines = here[(here.scheme == scheme) & (here.rate == (middle if scheme == "klt" else 1.0))]
+            lines = here[(here.scheme == scheme) & (here.rate == (middle if scheme == "seed-klt" else 1.0))]
             if len(lines):
                 line_with_bars(axis, lines, "snr_db", "psnr_db", label=label, color=colour, linestyle=dashes)
         axis.set(xlabel="SNR (dB), equal energy per image", ylabel="image PSNR (dB)", title=title)
