@@ -18,13 +18,13 @@ from megjax.sweep import SweepConfig, run_sweep
 IMAGE_POLICY = "runs/power-scenes-rayleigh-0-image/model"
 """Policy that was trained on image PSNR, by the command in `make power`."""
 SNRS = (-10.0, -5.0, 0.0, 10.0, 20.0)
-CODEC_IMAGE_POLICY = "runs/power-scenes-rayleigh-0-image/model"
-"""Policy that was trained on image PSNR, by the command in `make power`."""
-SNRS = (-10.0, -5.0, 0.0, 5.0, 10.0, 15.0, 20.0)
+CODEC_SNRS = (-10.0, -5.0, 0.0, 5.0, 10.0, 15.0, 20.0)
 RAW = ("latent", "latent-wiener", "latent-denoiser")
 CODED = ("seed", "seed-klt", "seed-digital")
 _CODEC = SweepConfig(snr_db=CODEC_SNRS, modes=("equal_energy",), realisations=1)
-_CODEC_LATENTS = dataclasses.replace(_CODEC, fadings=("rayleigh", "awgn"), rates=(1.0, 2.0, 4.0, 8.0), metrics="latent")
+_CODEC_LATENTS = dataclasses.replace(
+    _CODEC, schemes=(*CODED, *RAW, "opta"), fadings=("rayleigh", "awgn"), rates=(1.0, 2.0, 4.0, 8.0), metrics="latent"
+)
 PRESETS = {
     "results": {
         "images": SweepConfig(
@@ -61,9 +61,7 @@ PRESETS = {
         "images-power": dataclasses.replace(
             _CODEC, schemes=("seed", *RAW), rates=(1.0, 2.0, 4.0), modes=("equal_power",)
         ),
-        "latents": dataclasses.replace(
-            _CODEC_LATENTS, schemes=(*CODED, *RAW, "opta"), modes=("equal_energy", "equal_power")
-        ),
+        "latents": dataclasses.replace(_CODEC_LATENTS, modes=("equal_energy", "equal_power")),
         "variants": dataclasses.replace(
             _CODEC_LATENTS, schemes=("seed", "seed:mapping=interleaved"), policies=("codec", "equal")
         ),

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import numpy as np
 from jax import dtypes
 
-from megjax.files import in_one_step as in_one_step
 from megjax.files import require_content, write_text
 
 Config = TypeVar("Config")

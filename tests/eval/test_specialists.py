@@ -23,7 +23,15 @@ def arguments(tmp_path_factory, module_unchecked, fast_compile):
     codec = SeedCodec(calibrate(initial_network(PRESETS["tiny"].codec, z), z))
     codec.save_pretrained(folder / "codec", dtype=np.float32)
     return specialists.Arguments(
-        str(folder / "codec"), "tiny", folder, (0.0,), (2.0,), steps=20, num=40, output=folder / "out"
+        str(folder / "codec"),
+        "tiny",
+        folder,
+        folder / "held_out",
+        (0.0,),
+        (2.0,),
+        steps=20,
+        num=40,
+        output=folder / "out",
     )
 
 

@@ -10,13 +10,14 @@ import tyro
 from eval import benchmark
 from eval.stages import STAGES
 
-PAGE = Path(__file__).parents[2] / "docs" / "extending-stage.md"
+PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
 
 @pytest.fixture
 def stage():
     """The stage of the documentation, registered for a test."""
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    section = PAGE.read_text().split("\n## A benchmark stage\n")[1]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len(code.splitlines()) < 40
     exec(compile(code, str(PAGE), "exec"), {})
     yield STAGES.find("fft")
