@@ -73,9 +73,10 @@ def small_recipe(num_shards: int = 1) -> Recipe:
     return dataclasses.replace(tiny, vae_widths=(8, 8), unet=dataclasses.replace(tiny.unet, num_shards=num_shards))
 
 
-def write_codec(folder: Path) -> Path:
+def write_codec(folder: Path, **settings) -> Path:
     """An untrained codec of latents [4 4 4], with 20 of them for validation; returns its folder."""
-    config = SeedCodecConfig(latent_shape=(4, 4, 4), tile=(4, 4), width=8, hidden=8, snr_steps=3, rate_steps=2)
+    sizes = {"latent_shape": (4, 4, 4), "tile": (4, 4), "width": 8, "hidden": 8, "snr_steps": 3, "rate_steps": 2}
+    config = SeedCodecConfig(**sizes | settings)
     latents = np.random.default_rng(0).normal(size=(500, 4, 4, 4)).astype(np.float32)
     SeedCodec(initial_network(config, latents), latents[:20]).save_pretrained(folder, np.float32)
     return folder

@@ -9,13 +9,13 @@ import pytest
 
 from megjax import channel
 from megjax.channel.random import split
-from megjax.codec import fitting, schemes
+from megjax.codec import fitting
 from megjax.data import scenes
 from megjax.diffusion import generation
 from megjax.diffusion.samplers.base import draw
 from megjax.keys import as_key, from_seed, threefry
 from megjax.power.environment import PowerControl
-from megjax.system import PromptLink, SplitConstants, SplitLink
+from megjax.system import PromptLink, SplitConstants, SplitLink, draw_gains, realisation_keys
 from tests.test_layers import FILES, ROOT, module_name
 from tests.test_x64 import arrays_of
 
@@ -39,8 +39,8 @@ def draw_link(key):
 def draw_codec(key):
     conditions = fitting.Conditions(group_size=8)
     latents = fitting.draw_latents(key, (jnp.arange(40.0).reshape(10, 4),), conditions)
-    images = schemes.realisation_keys(key, np.arange(2))
-    gains = schemes.draw_gains(images, channel.RayleighFading(), 4)
+    images = realisation_keys(key, np.arange(2))
+    gains = draw_gains(images, channel.RayleighFading(), 4)
     draws = fitting.draw_conditions(key, conditions, 64), fitting.draw_power(key, POWER)
     return latents, gains, draws, fitting.draw_gains(key, 4)
 

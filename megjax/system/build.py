@@ -17,7 +17,8 @@ from megjax.keys import as_key
 from megjax.power import EqualPower, Policy, check_policy, make_policy
 from megjax.pytrees import as_pytree
 from megjax.system import simulator as simulators
-from megjax.system.schemes import NUM_BLOCKS, WEIGHT_GRID_DB, AnalogLink, Parts, Scheme, find_scheme, latent_symbols
+from megjax.system.protocol import Link
+from megjax.system.schemes import NUM_BLOCKS, WEIGHT_GRID_DB, Parts, Scheme, find_scheme, latent_symbols
 from megjax.system.simulator import BlockWeights, Simulator, Transmission
 from megjax.system.source import SourceStatistics
 from megjax.units import check_snr_db
@@ -144,10 +145,8 @@ def _policy(policy: str | Policy, fading: Fading, config: SystemConfig) -> Polic
     return policy
 
 
-def measured_weights(
-    codec: SeedCodec | None, link: AnalogLink, snr_db: Sequence[float] = WEIGHT_GRID_DB
-) -> BlockWeights:
-    """Importance of the seed's blocks at these effective SNRs; equal where the codec cannot say."""
+def measured_weights(codec: SeedCodec | None, link: Link, snr_db: Sequence[float] = WEIGHT_GRID_DB) -> BlockWeights:
+    """Importance of a seed's blocks at these effective SNRs, by its link's mapping; equal if the codec cannot say."""
     levels = tuple(float(level) for level in snr_db)
     if codec is None or codec.validation is None:
         return BlockWeights(jnp.asarray(levels, jnp.float32), jnp.ones((len(levels), link.num_blocks), jnp.float32))

@@ -41,6 +41,7 @@ def results(**settings) -> tuple[pd.DataFrame, list[dict]]:
         snr_db=(5.0,),
         device_steps=(2,),
         num_images=4,
+        num_training=100,
         realisations=2,
         steps=2,
         **settings,
@@ -60,6 +61,7 @@ def models() -> Path:
     folder = Path(_FOLDERS[-1].name)
     write_model(folder)
     write_codec(folder / "codec")
+    write_codec(folder / "denoiser", transform="raw", encoder_blocks=0)
     return folder
 
 
@@ -79,6 +81,11 @@ def block_means(png: bytes) -> np.ndarray:
     return picture.reshape(height, BLOCK, width, BLOCK, 3).mean((1, 3)).astype(np.float32)
 
 
+def asked(name: str) -> str:
+    """The scheme with what it needs."""
+    return f"{name}:folder={models() / 'denoiser'}" if name == "latent-denoiser" else name
+
+
 def scheme_rows(name: str) -> dict[str, np.ndarray]:
     """A scheme's row at equal energy, with its first picture where pictures are compared, and at equal power."""
     found = {}
@@ -87,8 +94,8 @@ def scheme_rows(name: str) -> dict[str, np.ndarray]:
         (point,) = [row for row in points if row["scheme"] == name]
         found = columns(frame[frame.scheme == name]) | {"picture": block_means(point["pictures"][0])}
     else:
-        frame, _ = results(schemes=LATENTS_ONLY, modes=("equal_energy",), metrics="latent")
-        found = columns(frame[frame.scheme == name])
+        frame, _ = results(schemes=tuple(map(asked, LATENTS_ONLY)), modes=("equal_energy",), metrics="latent")
+        found = columns(frame[frame.scheme == asked(name)])
     if name in EQUAL_POWER:
         frame, _ = results(schemes=EQUAL_POWER, modes=("equal_power",), metrics="latent")
         power = columns(frame[frame.scheme == name])

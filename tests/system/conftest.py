@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from megjax.codec import SeedCodec, SeedCodecConfig, SeedNetwork
+from megjax.codec.fitting import initial_network
 from megjax.codec.linear import latent_statistics
 from megjax.diffusion.clip import CLIPTextModel
 from megjax.diffusion.generation import Graphs
@@ -34,7 +35,7 @@ from tests import checks
 LATENT, IMAGE = (4, 4, 4), (16, 16, 3)
 STATISTICS = SourceStatistics((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), (0.5, -0.2, 0.0, 0.1), (1.2, 0.8, 1.0, 0.9))
 PROMPTS = ["a red house", "two boats by night"]
-OPTIONS = ("rate", "mapping", "modulation", "device_steps", "server_steps")
+OPTIONS = ("rate", "mapping", "folder", "modulation", "device_steps", "server_steps")
 CONFIG = [field.name for field in dataclasses.fields(SystemConfig)]
 
 
@@ -125,6 +126,18 @@ def codec(latents):
 
 
 @pytest.fixture(scope="session")
+def denoiser(latents, tmp_path_factory):
+    """Folder of a codec of the raw latents that takes what it receives for the latent."""
+    config = SeedCodecConfig(
+        LATENT, (4, 4), width=8, hidden=8, encoder_blocks=0, transform="raw", snr_steps=3, rate_steps=3
+    )
+    folder = tmp_path_factory.mktemp("denoiser")
+    with quickly():
+        SeedCodec(initial_network(config, latents)).save_pretrained(folder, np.float32)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def source(latents, images):
     """Six images and latents, which have nothing to do with each other."""
     return Source(*(jnp.asarray(x[:6]) for x in (latents, images, latents)))
@@ -138,7 +151,7 @@ def table(images):
 
 
 @pytest.fixture(scope="session")
-def make(pipe, codec, table):
+def make(pipe, codec, table, denoiser):
     """`make(scheme, **options)`: a simulator of this pipeline and codec with two denoising steps.
 
     Options are those of the scheme, of `SystemConfig` and of `make_simulator`. With ones that can be hashed it is made
@@ -152,7 +165,7 @@ def make(pipe, codec, table):
         parts = {"codec": codec, "fitted": fitted} | options
         settings = {name: parts.pop(name) for name in CONFIG if name in parts}
         mine = {name: parts.pop(name) for name in OPTIONS if name in parts}
-        chosen = find_scheme(scheme, defaults={"rate": 2.0} | mine)
+        chosen = find_scheme(scheme, defaults={"rate": 2.0, "folder": denoiser} | mine)
         return make_simulator(pipe, scheme=chosen, config=SystemConfig(**given | settings), **parts)
 
     kept = functools.cache(made)

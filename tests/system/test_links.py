@@ -81,8 +81,10 @@ def test_symbol_counts():
     assert counts == {
         "seed": 32,
         "seed-klt": 32,
+        "seed-digital": 32,
         "opta": 32,
         "latent": 128,
+        "latent-denoiser": 128,
         "latent-wiener": 128,
         "centralized": 3 * 64 * 64 // 2,
         "centralized-coded": None,

@@ -84,7 +84,7 @@ def test_all_radiate_the_energy_of_the_raw_latent(faded, form):
     np.testing.assert_allclose(power / power[..., :1], np.broadcast_to(np.arange(1, BLOCKS + 1), power.shape), ROUNDING)
 
 
-LOSSY = ("split", "split-seed", "prompt", "centralized-coded")
+LOSSY = ("seed-digital", "split", "split-seed", "prompt", "centralized-coded")
 CLEAN = [form for form in FORMS if form.values[0] not in LOSSY]
 
 

@@ -1,6 +1,7 @@
 """Schemes that send values of an analog coder as they are: the seed, the raw latent and raw pixels."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -190,9 +191,10 @@ class LatentDenoiser(Latent):
         return repr(denoiser.config), denoiser.state
 
     def _denoiser(self) -> SeedCodec:
+        name, made = f"folder of {self.name}", "one that `python -m train.codec --variant denoiser` wrote"
+        require(Path(self.folder).is_dir(), name, self.folder, made)
         codec = SeedCodec.from_pretrained(self.folder)
-        kind = codec.config.transform
-        require(kind == "raw", "folder", self.folder, f"a codec with transform 'raw', not {kind!r}")
+        require(codec.config.transform == "raw", name, self.folder, made)
         return codec
 
 
