@@ -42,7 +42,7 @@ class Arguments:
     model: str = "scenes"
     """"scenes" (bundled), a folder in the diffusers layout, or a hub id."""
     sampler: str | None = None
-    """ddim, pndm, euler, euler_ancestral or dpm++; default: the model's own."""
+    """A sampler, such as ddim or dpm++ (a wrong name lists all); default: the model's own."""
     steps: int = 25
     """Denoising steps."""
     guidance: float = 3.0

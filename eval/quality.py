@@ -31,7 +31,7 @@ class Arguments:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Share of the steps with guidance, from and to; the others take half the work."""
     sampler: str | None = None
-    """ddim, pndm, euler, euler_ancestral or dpm++; default: the model's own."""
+    """A sampler, such as ddim or dpm++ (a wrong name lists all); default: the model's own."""
     seed: int = 0
     """Seed of scenes and images."""
     output: Path = Path("outputs/quality.json")
