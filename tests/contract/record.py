@@ -11,4 +11,4 @@ from tests.contract import parts, schemes, stored  # noqa: E402
 if __name__ == "__main__":
     with checks.fast_compile():
         stored.record((*parts.PARTS, *schemes.PARTS))
-    print(f"{stored.PATH}: {len(stored.load_file(stored.PATH))} arrays, {stored.PATH.stat().st_size:,} bytes")
+    print(f"{stored.FOLDER}: {len(list(stored.FOLDER.rglob('*.safetensors')))} parts")

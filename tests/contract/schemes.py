@@ -18,7 +18,7 @@ from tests.contract.stored import Part
 from tests.models import write_codec, write_model
 from tests.sweep.conftest import flat_picture
 
-PICTURED = ("seed", "centralized", "centralized-qam", "centralized-coded")
+PICTURED = ("seed", *(scheme.name for scheme in SCHEMES if scheme.result == "images"))
 """Schemes whose pictures are compared, which takes most of the time; of the others, latents are."""
 LATENTS_ONLY = tuple(name for name in SCHEMES.names if name not in PICTURED)
 EQUAL_POWER = ("seed", "seed-klt", "opta")

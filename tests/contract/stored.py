@@ -1,7 +1,6 @@
-"""The file of stored outputs: the parts they belong to, how computed ones are compared, how it is written."""
+"""Stored outputs: the parts they belong to, how computed ones are compared, how their files are written."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -9,7 +8,8 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-PATH = Path(__file__).with_name("stored.safetensors")
+FOLDER = Path(__file__).with_name("stored")
+"""One file for each part and version."""
 TOLERANCE = 1e-4
 """Largest difference of floats, relative to the largest magnitude of their array."""
 RECORD = "`python -m tests.contract.record` records it"
@@ -32,9 +32,9 @@ class Part:
         return f"{self.kind}/{self.name}"
 
     @property
-    def prefix(self) -> str:
-        """What the stored names of its arrays begin with."""
-        return f"{self.kind}/{self.name}/{self.version}/"
+    def path(self) -> Path:
+        """File of its outputs at its version."""
+        return FOLDER / self.kind / f"{self.name.replace(':', '-')}.{self.version}.safetensors"
 
 
 def outputs(**values) -> dict[str, np.ndarray]:
@@ -46,15 +46,14 @@ def outputs(**values) -> dict[str, np.ndarray]:
     }
 
 
-@functools.cache
-def load() -> dict[str, np.ndarray]:
-    """Every stored array by its full name; nothing where there is no file yet."""
-    return load_file(PATH) if PATH.exists() else {}
-
-
 def stored_outputs(part: Part) -> dict[str, np.ndarray]:
-    """The stored arrays of a part at its version."""
-    return {name.removeprefix(part.prefix): x for name, x in load().items() if name.startswith(part.prefix)}
+    """The stored arrays of a part at its version; none where there is no file yet."""
+    return load_file(part.path) if part.path.exists() else {}
+
+
+def others(parts: Iterable[Part]) -> list[Path]:
+    """Stored files that belong to none of these parts."""
+    return sorted(set(FOLDER.rglob("*.safetensors")) - {part.path for part in parts})
 
 
 def differences(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> list[str]:
@@ -84,18 +83,22 @@ def _difference(expected: np.ndarray, found: np.ndarray) -> str:
 
 
 def record(parts: Iterable[Part]) -> None:
-    """Write the file anew with the outputs of these parts, at their versions, and nothing else.
+    """Write the outputs of those of all parts that have none at their version, and remove the files of no part.
 
-    Arrays that agree with stored ones stay as they are, so that rounding never changes the file. ValueError, and the
-    file stays, if a part's outputs differ from those stored under the same version.
+    ValueError, and no file changes, if a part's outputs differ from those stored under the same version.
     """
-    kept, changed = {}, []
+    new, changed, parts = {}, [], tuple(parts)
     for part in parts:
-        before, now = stored_outputs(part), part.compute()
-        lines = differences(before, now) if before else []
-        changed += [f"{part}: {line}" for line in lines]
-        kept |= {part.prefix + name: np.array(array, order="C") for name, array in (before or now).items()}
+        now = part.compute()
+        if before := stored_outputs(part):
+            changed += [f"{part}: {line}" for line in differences(before, now)]
+        else:
+            new[part] = {name: np.array(array, order="C") for name, array in now.items()}
     if changed:
-        advice = "raise the version of each of these parts if that is meant (or remove the file to begin anew)"
+        advice = "raise the version of each of these parts if that is meant (or remove its file to begin anew)"
         raise ValueError("\n".join([f"outputs have changed under an unchanged version; {advice}:", *changed]))
-    save_file(dict(sorted(kept.items())), PATH)
+    for part, arrays in new.items():
+        part.path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, part.path)
+    for path in others(parts):
+        path.unlink()

@@ -1,9 +1,9 @@
 """Outputs of the library's parts against those that are stored for them, so that a refactoring moves no number.
 
-The file `stored.safetensors` holds arrays under `<kind>/<name>/<version>/<array>`: what small computations with fixed
-keys give for every fading law, power policy, sampler and scheme, and for the programs made of them. Outputs are kept
-for each part and version, and a change under an unchanged version fails. Who means to change numbers raises the version
-in the part's record, or of a program in `parts.py`, and records again:
+The files `stored/<kind>/<name>.<version>.safetensors` hold what small computations with fixed keys give for every
+fading law, power policy, sampler and scheme, and for the programs made of them. A change under an unchanged version
+fails. Who means to change numbers raises the version in the part's record, or of a program in `parts.py`; who adds or
+removes a part changes nothing else. In all cases, record again:
 
     python -m tests.contract.record
 
@@ -40,9 +40,9 @@ def test_outputs(part):
 
 
 def test_nothing_else_is_stored():
-    prefixes = [part.prefix for part in (*parts.PARTS, *schemes.PARTS)]
-    assert len(set(prefixes)) == len(prefixes)
-    others = [name for name in stored.load() if name.rpartition("/")[0] + "/" not in prefixes]
+    found = (*parts.PARTS, *schemes.PARTS)
+    assert len({part.path for part in found}) == len(found)
+    others = stored.others(found)
     assert not others, f"no part has these outputs: {others}; {stored.RECORD}"
 
 
@@ -68,26 +68,18 @@ def test_differences(found, message):
 
 
 def test_recording_keeps_to_versions(tmp_path, monkeypatch):
-    monkeypatch.setattr(stored, "PATH", tmp_path / "stored.safetensors")
+    monkeypatch.setattr(stored, "FOLDER", tmp_path)
     values = {"x": np.float32([1, 2]), "count": np.asarray(3)}
     part = stored.Part("program", "sum", lambda: dict(values))
-
-    def record(*recorded):
-        stored.load.cache_clear()
-        stored.record(recorded)
-        stored.load.cache_clear()
-        return stored.load()
-
-    try:
-        assert sorted(record(part)) == ["program/sum/1/count", "program/sum/1/x"]
-        assert record(part)["program/sum/1/count"].shape == ()
-        values["x"] = np.float32([1, 2.00001])
-        assert record(part)["program/sum/1/x"].tolist() == [1, 2]  # rounding leaves the file alone
-        values["x"] = np.float32([1, 3])
-        with pytest.raises(ValueError, match="unchanged version.*\n.*program/sum: x: off by up to 1"):
-            record(part)
-        raised = stored.Part("program", "sum", part.compute, version="2")
-        found = {name: x.tolist() for name, x in record(raised).items()}
-        assert found == {"program/sum/2/count": 3, "program/sum/2/x": [1, 3]}
-    finally:
-        stored.load.cache_clear()
+    stored.record([part])
+    assert stored.stored_outputs(part)["count"].shape == ()
+    values["x"] = np.float32([1, 2.00001])
+    stored.record([part])
+    assert stored.stored_outputs(part)["x"].tolist() == [1, 2]  # rounding leaves the file alone
+    values["x"] = np.float32([1, 3])
+    with pytest.raises(ValueError, match="unchanged version.*\n.*program/sum: x: off by up to 1"):
+        stored.record([part])
+    raised = stored.Part("program", "sum", part.compute, version="2")
+    stored.record([raised])
+    assert [path.name for path in tmp_path.rglob("*.safetensors")] == ["sum.2.safetensors"]
+    assert {name: x.tolist() for name, x in stored.stored_outputs(raised).items()} == {"count": 3, "x": [1, 3]}
