@@ -23,9 +23,11 @@ from megjax.configs import require, write_json
 from megjax.data import scenes
 from megjax.diffusion.layout import locate
 from megjax.diffusion.pipeline import StableDiffusion
+from megjax.diffusion.samplers import SAMPLERS
 from megjax.keys import from_seed
 from megjax.metrics import SceneNet, psnr, ssim
 from megjax.metrics.scenenet import caption_accuracy, predict
+from megjax.power import POLICIES
 from megjax.runtime import check_seed, command, prepare_output
 from megjax.system import NUM_BLOCKS, SCHEMES, SourceStatistics, SystemConfig, find_scheme, make_simulator
 from megjax.units import check_snr_db
@@ -42,7 +44,7 @@ class Arguments:
     model: str = "scenes"
     """"scenes" (bundled), a folder in the diffusers layout, or a hub id."""
     sampler: str | None = None
-    """A sampler, such as ddim or dpm++ (a wrong name lists all); default: the model's own."""
+    """Default: the model's own."""
     steps: int = 25
     """Denoising steps."""
     guidance: float = 3.0
@@ -50,15 +52,13 @@ class Arguments:
     codec: str | None = None
     """Codec of the seed: "scenes" (bundled) or a folder that train.codec wrote; default: the model's, if it has one."""
     schemes: tuple[str, ...] = ("centralized", "latent", "seed")
-    """Of megjax.system.SCHEMES, such as centralized, latent, seed, split and prompt (nothing but the text arrives),
-    with options as in seed:mapping=interleaved; those that need a codec are left out without one."""
+    """What is sent, with options as in seed:mapping=interleaved; schemes that need a codec are left out without one."""
     device_steps: int = 5
-    """Denoising steps of the device (split)."""
+    """Denoising steps of the device, of schemes in which it denoises."""
     rate: float = 4.0
     """Compression ratio r of the seed, which has 1 / r of the latent's symbols."""
     policy: str = "codec"
-    """Power of the blocks: equal, static, codec (the seed's own load, else equal), inversion, waterfilling,
-    waterfilling_clairvoyant, clairvoyant, dp or ppo."""
+    """Power of the blocks: a policy or ppo:FOLDER; codec is the seed's own load, and equal power elsewhere."""
     seed: int = 0
     """Seed of the images and of the channel."""
     output: Path = Path("outputs/demo")
@@ -221,7 +221,8 @@ def run(args: Arguments) -> list[dict]:
 
 def main() -> None:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    command("eval.generate", lambda: run(tyro.cli(Arguments, description=__doc__)))
+    described = "\n\n".join([__doc__, *map(str, (SCHEMES, POLICIES, SAMPLERS))])
+    command("eval.generate", lambda: run(tyro.cli(Arguments, description=described)))
 
 
 if __name__ == "__main__":

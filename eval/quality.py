@@ -9,6 +9,7 @@ import tyro
 from megjax.configs import require, write_json
 from megjax.diffusion.layout import locate
 from megjax.diffusion.pipeline import StableDiffusion
+from megjax.diffusion.samplers import SAMPLERS
 from megjax.ldm.quality import measure
 from megjax.metrics import SceneNet
 from megjax.runtime import check_seed, command
@@ -31,7 +32,7 @@ class Arguments:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Share of the steps with guidance, from and to; the others take half the work."""
     sampler: str | None = None
-    """A sampler, such as ddim or dpm++ (a wrong name lists all); default: the model's own."""
+    """Default: the model's own."""
     seed: int = 0
     """Seed of scenes and images."""
     output: Path = Path("outputs/quality.json")
@@ -66,7 +67,7 @@ def run(args: Arguments) -> None:
 
 
 def main() -> None:
-    command("eval.quality", lambda: run(tyro.cli(Arguments, description=__doc__)))
+    command("eval.quality", lambda: run(tyro.cli(Arguments, description=f"{__doc__}\n\n{SAMPLERS}")))
 
 
 if __name__ == "__main__":

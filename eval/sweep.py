@@ -10,10 +10,13 @@ import tyro
 from rich.table import Table
 
 from eval.measure import console, environment, num_cores
+from megjax.channel import FADINGS
 from megjax.configs import require
 from megjax.metrics import METRICS
+from megjax.power import POLICIES
 from megjax.runtime import command, prepare_output, use_cpu_devices
 from megjax.sweep import SweepConfig, run_sweep
+from megjax.system import SCHEMES
 
 IMAGE_POLICY = "runs/power-scenes-rayleigh-0-image/model"
 """Policy that was trained on image PSNR, by the command in `make power`."""
@@ -94,8 +97,7 @@ class Arguments:
     config: Annotated[SweepConfig, tyro.conf.arg(name="")] = SweepConfig()
     """The lists of the sweep; all options of it are options of the command."""
     preset: Literal["none", "results", "codec", "power"] = "none"
-    """Instead of the lists: the sweeps of docs/results.md, docs/codec-results.md or docs/power-results.md, each in its
-    own folder under --output."""
+    """Instead of the lists: the published sweeps of that kind, each in its own folder under --output."""
     quick: bool = False
     """The presets at a size that takes minutes."""
     batch: int = 40
@@ -153,7 +155,8 @@ def run(args: Arguments) -> list[pd.DataFrame]:
 
 def main() -> None:
     use_cpu_devices(num_cores())  # one thread each: faster than all threads on one device
-    command("eval.sweep", lambda: run(tyro.cli(Arguments, description=__doc__)), many=True)
+    described = "\n\n".join([__doc__, *map(str, (SCHEMES, FADINGS, POLICIES))])
+    command("eval.sweep", lambda: run(tyro.cli(Arguments, description=described)), many=True)
 
 
 if __name__ == "__main__":

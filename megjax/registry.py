@@ -76,6 +76,10 @@ class Registry(Generic[Part]):
         """Names of all parts, by rank."""
         return tuple(part.name for part in self)
 
+    def __str__(self) -> str:
+        """Kind and names, for help texts."""
+        return f"{self.kind}: {', '.join(self.names)}"
+
     def __contains__(self, name: str) -> bool:
         self._collect()
         return name in self._parts

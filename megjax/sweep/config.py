@@ -22,26 +22,23 @@ class SweepConfig:
     """Every combination of the lists is a point, but for what a scheme does not have (a rate, device steps)."""
 
     schemes: tuple[str, ...] = ("seed", "latent", "latent-wiener", "centralized", "centralized-coded")
-    """Of megjax.system.SCHEMES: seed, seed-klt, latent, latent-wiener, split, split-seed, prompt (nothing sent),
-    centralized (analog), centralized-qam, centralized-coded, opta; with options as in seed:mapping=interleaved."""
+    """Names of megjax.system.SCHEMES, with options as in seed:mapping=interleaved."""
     snr_db: tuple[float, ...] = (-10.0, -5.0, 0.0, 5.0, 10.0, 20.0)
     """SNRs of the link in dB, 1 / noise variance."""
     rates: tuple[float, ...] = (4.0,)
-    """Compression ratios of the seed (seed, seed-klt, split-seed, opta)."""
+    """Compression ratios, of schemes that have one: seeds and their bound."""
     fadings: tuple[str, ...] = ("rayleigh",)
-    """Of megjax.channel.FADINGS: rayleigh, awgn, rician:K_DB, nakagami:M, jakes:DOPPLER, gauss-markov:RHO,
-    shadowed:SIGMA_DB; or module:attribute of your own."""
+    """Names of megjax.channel.FADINGS, with a parameter as in rician:6 (K in dB); or module:attribute of your own."""
     policies: tuple[str, ...] = ("codec",)
-    """equal, static, codec (the code's own load), inversion, waterfilling, waterfilling_clairvoyant, clairvoyant, dp,
-    ppo, ppo:FOLDER, or module:attribute of your own."""
+    """Names of megjax.power.POLICIES, ppo:FOLDER, or module:attribute of your own; codec is the code's own load."""
     modes: tuple[str, ...] = ("equal_energy", "equal_power")
     """equal_energy (P = K_latent / K), equal_power (P = 1)."""
     peak_powers: tuple[float, ...] = (math.inf,)
     """Largest powers of a block in units of P, where a policy allocates."""
     device_steps: tuple[int, ...] = (1, 2, 5, 10)
-    """Denoising steps of the device (split, split-seed, prompt)."""
+    """Denoising steps of the device, of schemes in which it denoises."""
     server_steps: tuple[int, ...] = (0,)
-    """Steps after which the server sends (split); 0 for all."""
+    """Steps after which the server sends, of schemes that split them; 0 for all."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of captions, images and link."""
     models: tuple[str, ...] = ("scenes",)
