@@ -50,7 +50,7 @@ class SweepConfig:
     metrics: Literal["image", "latent"] = "image"
     """image: PSNR, SSIM, Frechet distance, caption accuracy and the latents' error; latent: the latter alone."""
     num_training: int = 10_000
-    """Training latents, for schemes that are fitted on some (seed-digital)."""
+    """Training latents, for schemes that are fitted on some."""
     num_images: int = 2000
     """Images, one prompt each."""
     realisations: int = 4
