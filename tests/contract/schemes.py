@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from megjax.data import scenes
+from megjax.metrics import METRICS
 from megjax.power import POLICIES
 from megjax.sweep import SweepConfig, bench, read_points, run_sweep
 from megjax.system import SCHEMES
@@ -26,6 +27,8 @@ EQUAL_POWER = ("seed", "seed-klt", "opta")
 SWEPT_POLICIES = tuple(name for name in POLICIES.names if name != "dp")
 """Policies of the seed; the dynamic program takes long for every point, and `parts.py` has its powers."""
 FADINGS = ("rician:6", "gauss-markov:0.9")
+MEASURED = ("psnr_db", "ssim", "frechet", "caption_accuracy", "kernel_distance", "nmse")
+"""Metrics whose values are stored, so that another metric changes no outputs of schemes."""
 BLOCK = 8
 """Pixels along a side of the squares whose means are stored of a picture."""
 
@@ -69,8 +72,9 @@ _FOLDERS: list[tempfile.TemporaryDirectory] = []
 
 
 def columns(rows: pd.DataFrame) -> dict[str, np.ndarray]:
-    """The columns of numbers that these rows have."""
-    numbers = rows.select_dtypes("number").dropna(axis="columns", how="all")
+    """The columns of numbers that these rows have, without metrics that are not stored."""
+    others = [metric.name + end for metric in METRICS if metric.name not in MEASURED for end in ("", "_low", "_high")]
+    numbers = rows.drop(columns=others, errors="ignore").select_dtypes("number").dropna(axis="columns", how="all")
     return {name: values.to_numpy() for name, values in numbers.items()}
 
 
