@@ -7,12 +7,14 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import tyro
+from jaxtyping import Array, Float
 from rich.table import Table
 
 from eval.measure import console
@@ -79,6 +81,14 @@ def find_codec(args: Arguments, folder: Path, latent_shape: tuple[int, ...]) -> 
 FADING = RayleighFading()
 
 
+class Received(NamedTuple):
+    """What devices show, at every SNR."""
+
+    images: Float[Array, "s b H W 3"]
+    num_symbols: Float[Array, "s b"]
+    """K."""
+
+
 def receive(sources: dict, params: dict, key, latents, ids, snr_db, guidance: float) -> tuple:
     """The server's images and those on the device by scheme, [s b H W 3].
 
@@ -95,9 +105,10 @@ def receive(sources: dict, params: dict, key, latents, ids, snr_db, guidance: fl
 
             def at(level):
                 options = {"guidance_scale": guidance}
-                return simulator.deliver(jax.random.clone(key), params, source, ids, level, numbers, one, **options)
+                found = simulator.deliver(jax.random.clone(key), params, source, ids, level, numbers, one, **options)
+                return Received(found.images[:, 0], found.num_symbols)
 
-            return source.images, jax.lax.map(lambda level: at(level).images[:, 0], levels)
+            return source.images, jax.lax.map(at, levels)
 
         images, received[name] = over_snrs(params[name], key, latents, levels)
     return images, received
@@ -113,23 +124,23 @@ def accuracies(model: SceneNet | None, prompts: tuple[str, ...], images) -> np.n
     return np.asarray(over_snrs(images))
 
 
-def score(model, prompts, snr_db, reference, received: dict, symbols: dict) -> list[dict]:
+def score(model, prompts, snr_db, reference, received: dict[str, Received]) -> list[dict]:
     """One row per prompt, scheme and SNR, against the server's own image."""
     over_images = jax.vmap(lambda a, b: (psnr(a, b), ssim(a, b)))
     compare = jax.jit(jax.vmap(over_images, (None, 0)))
     rows = []
-    for scheme, images in received.items():
+    for scheme, (images, symbols) in received.items():
         quality, likeness = (np.asarray(values) for values in compare(reference, images))
         accuracy = accuracies(model, prompts, images)
         for (s, level), (i, prompt) in itertools.product(enumerate(snr_db), enumerate(prompts)):
-            row = {"prompt": prompt, "scheme": scheme, "snr_db": float(level), "num_symbols": symbols[scheme]}
+            row = {"prompt": prompt, "scheme": scheme, "snr_db": float(level), "num_symbols": int(symbols[s, i])}
             row |= {"psnr_db": float(quality[s, i]), "ssim": float(likeness[s, i])}
             share = float(accuracy[s, i])
             rows.append({**row, "caption_accuracy": None if np.isnan(share) else share})
     return rows
 
 
-def draw(path: Path, prompts, snr_db, reference, received: dict, symbols: dict) -> None:
+def draw(path: Path, prompts, snr_db, reference, received: dict[str, Received]) -> None:
     """Rows: prompts. Columns: the server's image, then each scheme and SNR."""
     import matplotlib
 
@@ -137,8 +148,9 @@ def draw(path: Path, prompts, snr_db, reference, received: dict, symbols: dict) 
     import matplotlib.pyplot as plt
 
     columns = [("at the server", reference)]
-    for scheme, images in received.items():
-        columns += [(f"{scheme}, {level:g} dB\n{symbols[scheme]} symbols", images[i]) for i, level in enumerate(snr_db)]
+    for scheme, (images, symbols) in received.items():
+        titles = (f"{scheme}, {level:g} dB\n{symbols[i].mean():.0f} symbols" for i, level in enumerate(snr_db))
+        columns += zip(titles, images, strict=True)
     size = (1.75 * len(columns), 2.0 * len(prompts) + 0.5)
     figure, axes = plt.subplots(len(prompts), len(columns), figsize=size, squeeze=False)
     figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.5 / size[1], bottom=0.3 / size[1], wspace=0.04, hspace=0.15)
@@ -160,11 +172,11 @@ def show(rows: list[dict], folder: Path) -> None:
     frame = pd.DataFrame(rows).astype({"caption_accuracy": float})
     title = "means over prompts, one channel realisation each, mean power 1"
     table = Table("scheme", "symbols", "SNR (dB)", "PSNR (dB)", "SSIM", "caption accuracy", title=title)
-    means = frame.groupby(["scheme", "num_symbols", "snr_db"], sort=False).mean(numeric_only=True).reset_index()
+    means = frame.groupby(["scheme", "snr_db"], sort=False).mean(numeric_only=True).reset_index()
     for row in means.itertuples():
         accuracy = "-" if np.isnan(row.caption_accuracy) else f"{100 * row.caption_accuracy:.0f} %"
         cells = (f"{row.snr_db:g}", f"{row.psnr_db:.1f}", f"{row.ssim:.3f}", accuracy)
-        table.add_row(row.scheme, str(row.num_symbols), *cells)
+        table.add_row(row.scheme, f"{row.num_symbols:.0f}", *cells)
     console().print(table)
     print(f"pictures: {folder / 'grid.png'}\nnumbers:  {folder / 'metrics.json'}")
 
@@ -212,17 +224,20 @@ def run(args: Arguments) -> list[dict]:
     print(f"latents generated in {time.perf_counter() - started:.1f} s, compilation included")
     params = {name: simulator.params for name, simulator in made.items()}
     reference, received = receive(made, params, channel_key, latents, ids, snr_db, args.guidance)
-    rows = score(scenenet, args.prompts, snr_db, reference, received, symbols)
+    rows = score(scenenet, args.prompts, snr_db, reference, received)
     write_json(args.output / "metrics.json", rows)
-    draw(args.output / "grid.png", args.prompts, snr_db, reference, received, symbols)
+    draw(args.output / "grid.png", args.prompts, snr_db, reference, received)
     show(rows, args.output)
     return rows
 
 
 def main() -> None:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    described = "\n\n".join([__doc__, *map(str, (SCHEMES, POLICIES, SAMPLERS))])
-    command("eval.generate", lambda: run(tyro.cli(Arguments, description=described)))
+
+    def start() -> None:
+        run(tyro.cli(Arguments, description="\n\n".join([__doc__, *map(str, (SCHEMES, POLICIES, SAMPLERS))])))
+
+    command("eval.generate", start)
 
 
 if __name__ == "__main__":

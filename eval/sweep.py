@@ -15,7 +15,7 @@ from megjax.configs import require
 from megjax.metrics import METRICS
 from megjax.power import POLICIES
 from megjax.runtime import command, prepare_output, use_cpu_devices
-from megjax.sweep import SweepConfig, run_sweep
+from megjax.sweep import Point, SweepConfig, run_sweep
 from megjax.system import SCHEMES
 
 IMAGE_POLICY = "runs/power-scenes-rayleigh-0-image/model"
@@ -127,7 +127,8 @@ def selected(args: Arguments) -> dict[Path, SweepConfig]:
 def show(frame: pd.DataFrame, folder: Path) -> None:
     """Print one line a point."""
     present = [metric for metric in METRICS if metric.name in frame and frame[metric.name].notna().any()]
-    lists = [name for name in ("fading", "rate", "policy", "device_steps", "server_steps") if frame[name].nunique() > 1]
+    axes = (field.name for field in dataclasses.fields(Point) if field.name not in ("scheme", "mode", "snr_db"))
+    lists = [name for name in axes if frame[name].nunique(dropna=False) > 1]
     table = Table("scheme", "mode", "SNR (dB)", *lists, "symbols", *(m.title for m in present), title=str(folder))
     for row in frame.to_dict("records"):
         cells = [row["scheme"], row["mode"], f"{row['snr_db']:g}", *(str(row[name]) for name in lists)]
@@ -155,8 +156,11 @@ def run(args: Arguments) -> list[pd.DataFrame]:
 
 def main() -> None:
     use_cpu_devices(num_cores())  # one thread each: faster than all threads on one device
-    described = "\n\n".join([__doc__, *map(str, (SCHEMES, FADINGS, POLICIES))])
-    command("eval.sweep", lambda: run(tyro.cli(Arguments, description=described)), many=True)
+
+    def start() -> None:
+        run(tyro.cli(Arguments, description="\n\n".join([__doc__, *map(str, (SCHEMES, FADINGS, POLICIES))])))
+
+    command("eval.sweep", start, many=True)
 
 
 if __name__ == "__main__":

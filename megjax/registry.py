@@ -1,14 +1,24 @@
 """Tables of the parts that megjax knows by name, such as fading laws and schemes, which other packages can extend."""
 
 import dataclasses
+import functools
+import hashlib
 import importlib
+import os
 import pkgutil
+import re
+import sys
 import warnings
-from collections.abc import Iterator
-from importlib.metadata import entry_points
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from megjax.configs import require
+
+MODULES = "MEGJAX_PARTS"
+"""Environment variable with modules, separated by commas, that are imported at the first lookup and register parts."""
 
 
 @runtime_checkable
@@ -42,23 +52,32 @@ class Registry(Generic[Part]):
     """The parts of one kind by name: those of the modules of a package, those registered, and those of entry points.
 
     Every module of `package` is imported at the first lookup and registers its own parts, so that a part is added or
-    removed with its file. Other software registers parts by a call of `register`, or by an entry point of `group` that
-    names a part, or a module that registers some, which is imported at the first lookup too.
+    removed with its file. Other software registers parts by a call of `register`, by an entry point of `group` that
+    names a part or a module that registers some, or in a module that the environment variable `MODULES` names.
+    `check(part)` raises ValueError for a part that lacks something.
     """
 
-    def __init__(self, kind: str, package: str, group: str):
-        self.kind, self.package, self.group = kind, package, group
+    def __init__(self, kind: str, package: str, group: str, check: Callable[[Part], None] | None = None):
+        self.kind, self.package, self.group, self._check = kind, package, group, check
         self._parts: dict[str, Part] = {}
-        self._complete = False
+        self._complete = self._collecting = False
 
     def register(self, part: Part, replace: bool = False) -> Part:
-        """Add a part and return it, so that this decorates classes; ValueError if its name is taken by another.
+        """Add a part and return it, so that this decorates classes.
 
-        With `replace` a part of the same name is dropped.
+        With `replace` a part of the same name is dropped; so is a class that is defined again under its own name, as in
+        a notebook. ValueError for a part that lacks something, or whose name another one has.
         """
-        known = self._parts.get(part.name)
-        require(known is None or known is part or replace, f"name of a {self.kind}", part.name, "not yet registered")
-        self._parts[part.name] = part
+        name = getattr(part, "name", None)
+        valid = isinstance(name, str) and re.fullmatch(r"[\w+.-]+", name) is not None
+        require(valid, f"name of a {self.kind}", name, "of letters, digits and the signs _ + . -")
+        if self._check is not None:
+            self._check(part)
+        known = self._parts.get(name)
+        again = isinstance(known, type) and isinstance(part, type) and _path(known) == _path(part)
+        free = known is None or known is part or again or replace
+        require(free, f"name of a {self.kind}", name, "not yet registered, or registered with replace=True")
+        self._parts[name] = part
         return part
 
     def remove(self, name: str) -> None:
@@ -76,6 +95,19 @@ class Registry(Generic[Part]):
         """Names of all parts, by rank."""
         return tuple(part.name for part in self)
 
+    def version_of(self, name: str) -> int | str:
+        """The version that a part declares, or else a digest of the text of the module of its class or first function.
+
+        ValueError if there is neither, as in a notebook. A class does not inherit the version of the one it extends.
+        """
+        part = self.find(name)
+        version = vars(part).get("version")
+        if version is not None:
+            return version
+        file = getattr(sys.modules.get(_module_of(part)), "__file__", None)
+        require(file is not None, f"version of {self.kind} {name!r}", None, "a number, as its module has no file")
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
     def __str__(self) -> str:
         """Kind and names, for help texts."""
         return f"{self.kind}: {', '.join(self.names)}"
@@ -89,17 +121,40 @@ class Registry(Generic[Part]):
         return iter(sorted(self._parts.values(), key=lambda part: (part.rank, part.name)))
 
     def _collect(self) -> None:
-        """Import the package's modules and the entry points, once."""
-        if self._complete:
+        """Import the package's modules, the user's and the entry points, once."""
+        if self._complete or self._collecting:  # modules that are imported here may look parts up
             return
-        self._complete = True
-        package = importlib.import_module(self.package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self.package}.{module.name}")
-        for point in entry_points(group=self.group):
-            try:
-                part = point.load()
-                if hasattr(part, "rank"):
-                    self.register(part)
-            except Exception as error:  # another package's fault must not take the others' parts away
-                warnings.warn(f"{self.kind} {point.name!r} cannot be loaded: {error}", stacklevel=2)
+        self._collecting = True
+        try:
+            package = importlib.import_module(self.package)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self.package}.{module.name}")
+            names = filter(None, os.environ.get(MODULES, "").split(","))
+            modules = (EntryPoint(MODULES, name.strip(), self.group) for name in names)
+            for point in (*modules, *entry_points(group=self.group)):
+                self._load(point)
+            self._complete = True
+        finally:
+            self._collecting = False
+
+    def _load(self, point) -> None:
+        """Register what an entry point names; a fault in it is a warning, and leaves the other parts."""
+        try:
+            part = point.load()
+            if not isinstance(part, ModuleType):
+                require(hasattr(part, "rank"), "object", point.value, f"a module or the record of a {self.kind}")
+                self.register(part)
+        except Exception as error:
+            warnings.warn(f"{self.kind}: {point.value!r} of {point.name} cannot be loaded: {error}", stacklevel=2)
+
+
+def _module_of(part: Named) -> str | None:
+    """Name of the module of a class, or of the first function of a record."""
+    if isinstance(part, type):
+        return part.__module__
+    functions = (value.func if isinstance(value, functools.partial) else value for value in vars(part).values())
+    return next((function.__module__ for function in functions if callable(function)), None)
+
+
+def _path(part: type) -> tuple[str, str]:
+    return part.__module__, part.__qualname__

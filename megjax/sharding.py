@@ -110,11 +110,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(("batch",), mesh=mesh))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of what every device holds whole."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def fsdp_specs(params: PyTree, size: int, smallest: int = SMALLEST_SHARDED) -> PyTree:
     """PartitionSpec of each array of a tree: its largest axis that `size` divides is split over "fsdp".
 

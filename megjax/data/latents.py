@@ -19,6 +19,7 @@ from tqdm import tqdm
 from megjax.configs import require, require_count
 from megjax.data import scenes
 from megjax.diffusion.pipeline import StableDiffusion
+from megjax.diffusion.samplers import SAMPLERS
 from megjax.files import read_safetensors, read_safetensors_metadata, write_safetensors
 from megjax.keys import from_seed
 from megjax.processes import gather, is_first, joint, num_processes, process_id, wait_for_file
@@ -82,9 +83,10 @@ def generate(
     require_count("shard_size", shard_size, 1)
     require_count("seed", seed, 0, MAX_SEED)
     require(bool(np.isfinite(guidance_scale)), "guidance_scale", guidance_scale, "finite")
-    pipe.sampler(sampler, num_steps)
     pipe.latent_shape()
-    settings = {"seed": seed, "num_steps": num_steps, "guidance_scale": float(guidance_scale), "sampler": sampler}
+    used = pipe.sampler(sampler, num_steps).name
+    settings = {"seed": seed, "num_steps": num_steps, "guidance_scale": float(guidance_scale)}
+    settings["sampler"] = [used, SAMPLERS.version_of(used)]
     model, key, spread = model_digest(pipe), from_seed(seed), over_devices(shard_size)
     negative = spread(np.repeat(pipe.tokenize([""]), shard_size, axis=0))
 

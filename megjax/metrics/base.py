@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from megjax.configs import require
 from megjax.metrics.bootstrap import bootstrap_interval
 from megjax.registry import Record, Registry
 
@@ -107,7 +108,13 @@ class Metric(Record):
         return self.collects or self.name
 
 
-METRICS: Registry[Metric] = Registry("metric", "megjax.metrics", "megjax.metrics")
+def _check(metric: Metric) -> None:
+    """ValueError for a metric that could never be measured."""
+    unknown = [need for need in metric.needs if need not in NEEDS]
+    require(not unknown, f"needs of metric {metric.name!r}", metric.needs, f"of {NEEDS}")
+
+
+METRICS: Registry[Metric] = Registry("metric", "megjax.metrics", "megjax.metrics", _check)
 
 
 def measurable(received_has: Callable[[str], bool]) -> tuple[Metric, ...]:

@@ -65,6 +65,6 @@ for _network, _names, _titles in (
                 reduce=_reduce(_network),
                 form=".1f" if _reduce is _frechet else ".3g",
                 log_scale=_reduce is _frechet,
-                panel=False,
+                panel=_reduce is _frechet,
             )
         )

@@ -21,7 +21,15 @@ from megjax.diffusion.pipeline import StableDiffusion
 from megjax.keys import from_seed
 from megjax.metrics import Inception, SceneNet
 from megjax.sweep.config import Point, SweepConfig
-from megjax.sweep.identity import array_digest, digest, load_object, object_digest, sweep_fading, sweep_policy
+from megjax.sweep.identity import (
+    array_digest,
+    digest,
+    load_object,
+    object_digest,
+    sampler_identity,
+    sweep_fading,
+    sweep_policy,
+)
 from megjax.sweep.receive import PICTURES, Batch, Common, Network, devices_for, receive
 from megjax.system import (
     BlockWeights,
@@ -31,8 +39,8 @@ from megjax.system import (
     Source,
     SourceStatistics,
     SystemConfig,
-    find_scheme,
     make_simulator,
+    split_name,
 )
 from megjax.units import linear_to_db
 
@@ -259,7 +267,7 @@ class Bench:
         return Batch(source, self.ids[part], images, captions, code)
 
     def _receive(self, simulator: Simulator, point: Point, batch: Batch, numbers: np.ndarray) -> dict:
-        mesh = devices_for(len(batch.images), find_scheme(point.scheme).factorises)
+        mesh = devices_for(len(batch.images), split_name(point.scheme)[0].factorises)
         levels = np.float32(point.snr_db), np.float32(self.config.guidance)
         common = Common((), self.key, simulator.params, *levels, numbers)
         return receive(simulator, self.networks if self.shown else (), self.shown, mesh, common, batch)
@@ -298,7 +306,7 @@ def make_bench(
     scenenet = SceneNet.load(beside) if beside.is_dir() else None
     statistics = SourceStatistics.load(folder, pipe.configs.vae.latent_channels)
     prompts = read_prompts(config, seed)
-    pipe.sampler(None, config.steps)
+    sampler = pipe.sampler(None, config.steps)
     inception = None if config.inception is None else Inception.load(config.inception, config.inception_resizing)
     given = {"scenenet": scenenet, "inception": inception}
     caches = latents / f"{folder.name}-{seed}", training or latents / f"{folder.name}-training"
@@ -306,6 +314,7 @@ def make_bench(
     bench = Bench(config, pipe, codec, statistics, networks, seed, prompts, *caches, batch)
     coded = None if codec is None else codec_digest(codec, config.codec)
     digests = {"model": model_digest(pipe), "codec": coded, "prompts": digest(prompts.texts)}
+    digests["sampler"] = sampler_identity(sampler.name)
     if inception is not None:
         digests["inception"] = f"{array_digest(nnx.state(inception))} {config.inception_resizing}"
     return bench, digests
@@ -316,7 +325,7 @@ def find_codec(config: SweepConfig, folder: Path, pipe: StableDiffusion) -> Any:
     if config.codec is not None and ":" in config.codec:
         return load_object(config.codec, "codec", "encode")
     if config.codec is None and not (folder / "codec").is_dir():
-        needed = [name for name in config.schemes if find_scheme(name).needs_codec]
+        needed = [name for name in config.schemes if split_name(name)[0].needs_codec]
         require(not needed, "codec", None, f"given: the model has none, and {', '.join(needed)} needs it")
         return None
     codec = SeedCodec.from_pretrained(config.codec or folder / "codec")

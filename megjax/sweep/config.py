@@ -8,13 +8,13 @@ from typing import Any, Literal
 from megjax.configs import require, require_positive_integers
 from megjax.metrics.inception import RESIZINGS
 from megjax.runtime import check_seed
-from megjax.system import MODES, Scheme, find_scheme, latent_symbols
+from megjax.system import MODES, Scheme, find_scheme, latent_symbols, split_name
 from megjax.units import check_snr_db
 
 AXES = {"rate": 1.0, "device_steps": 0, "server_steps": 0}
 """Options of schemes that a sweep varies, and what a point without that option says."""
-_SHAPES = (64, 64, 3), (8, 8, 4)
-"""Shapes of an image and its latent by which schemes are found to have equally many symbols."""
+_SHAPES = ((64, 64, 3), (8, 8, 4)), ((512, 512, 3), (64, 64, 4))
+"""Shapes of images and their latents by which schemes are found to have equally many symbols."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +92,14 @@ class SweepConfig:
             require(whole, "seeds", seed, "an integer")
             check_seed(seed)
         for name in self.schemes:
-            result, own = find_scheme(name, "schemes").result, name.partition(":")[2]
-            require(not any(f"{axis}=" in own for axis in AXES), "schemes", name, f"without its {', '.join(AXES)}")
+            kind, own = split_name(name, "schemes")
+            require(not own.keys() & AXES.keys(), "schemes", name, f"without its {', '.join(AXES)}")
             measured = "ones with latents, for latent metrics" if self.metrics == "latent" else "ones with images"
-            require(result != ("images" if self.metrics == "latent" else "error"), "schemes", name, measured)
+            require(kind.result != ("images" if self.metrics == "latent" else "error"), "schemes", name, measured)
+        first = {"rate": self.rates[0], "device_steps": self.device_steps[0], "server_steps": None}
+        made = [find_scheme(name, "schemes", first) for name in self.schemes]
+        again = next((one for i, one in enumerate(made) if one in made[:i]), None)
+        require(again is None, "schemes", self.schemes, f"all different, unlike two that are {again}")
 
     def shared(self) -> dict[str, Any]:
         """What all points of a results folder have in common."""
@@ -132,7 +136,7 @@ class Point:
 
     def relevant(self) -> "Point":
         """The point without settings that its scheme does not have: rate, device steps, a load of its own."""
-        scheme = find_scheme(self.scheme)
+        scheme = split_name(self.scheme)[0]
         policy = self.policy if scheme.sends_seed or self.policy != "codec" else "equal"
         axes = {axis: getattr(self, axis) if axis in scheme.options() else none for axis, none in AXES.items()}
         return dataclasses.replace(
@@ -151,5 +155,5 @@ class Point:
         scheme = self.made()
         if not scheme.transmits:
             return dataclasses.replace(self, mode="equal_power", fading="rayleigh", snr_db=0.0)
-        same = scheme.num_symbols(*_SHAPES) == latent_symbols(_SHAPES[1])
+        same = all(scheme.num_symbols(image, latent) == latent_symbols(latent) for image, latent in _SHAPES)
         return dataclasses.replace(self, mode="equal_power") if same else self

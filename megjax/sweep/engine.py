@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from megjax.channel import FADINGS
 from megjax.configs import require, require_count
+from megjax.metrics import METRICS
 from megjax.power import POLICIES, find_policy, make_policy
 from megjax.processes import check_others, gather, is_first, joint, num_processes, process_id, wait_for_file
 from megjax.sweep.bench import Bench, make_bench
@@ -57,6 +58,8 @@ def run_sweep(
         sweep_fading(name)
     for name in config.policies:
         sweep_policy(name)
+    for metric in METRICS:
+        METRICS.version_of(metric.name)
     benches, digests = {}, {}
     for model in config.models:
         for seed in config.seeds:
@@ -87,7 +90,7 @@ def run_sweep(
     for point in (point for point, row in measured.items() if row is None):
         wait_for_file(paths[point])
         measured[point] = store.read(paths[point])
-    frame = table_of([{**measured[point.physics()], **_described(point), **_power(point, measured)} for point in asked])
+    frame = table_of([_row(point, measured[point.physics()], paths[point.physics()]) for point in asked])
     if is_first():
         store.merge(frame)
     gather()
@@ -123,9 +126,13 @@ def _described(point: Point) -> dict[str, Any]:
     return values | {"peak_power": None if math.isinf(point.peak_power) else point.peak_power}
 
 
-def _power(point: Point, measured: dict[Point, dict[str, Any]]) -> dict[str, float]:
+def _row(point: Point, measured: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The row of a point as it was asked for, with the name of the file of what was measured."""
+    return {**measured, **_described(point), **_power(point, measured), "file": path.name}
+
+
+def _power(point: Point, row: dict[str, Any]) -> dict[str, float]:
     """Mean power P of the symbols, and the effective SNR P / sigma^2 in dB."""
-    row = measured[point.physics()]
     if row["num_symbols"] == 0:
         return {"mean_power": 0.0, "effective_snr_db": -math.inf}
     mean = row["energy"] / row["num_symbols"]
@@ -138,7 +145,7 @@ def _parts(point: Point, num_blocks: int) -> dict[str, Any]:
     if isinstance(policy, str) and find_policy(policy)[0].trained:
         policy = make_policy(policy, fading, num_blocks)
     return {
-        "scheme": scheme_identity(point.scheme),
+        "scheme": scheme_identity(point.scheme, point.made()),
         "fading": part_identity(FADINGS, point.fading, fading),
         "policy": part_identity(POLICIES, point.policy, policy),
     }
@@ -154,7 +161,13 @@ def _work(config: SweepConfig, point: Point) -> int:
 
 
 def read_points(folder: Path) -> list[dict[str, Any]]:
-    """Every finished point of a sweep, with the mean of every image, for paired comparisons; ValueError without any."""
-    store, paths = Store(folder, {}), sorted((folder / "points").glob("*.parquet"))
-    require(bool(paths), "results folder", str(folder), "one that a sweep wrote")
-    return [store.read(path) for path in paths]
+    """The points behind `results.parquet`, each once, with the mean of every image, for paired comparisons.
+
+    Points of settings or versions that the last finished run did not ask for are left out. ValueError for a folder in
+    which no run has finished, and for a point that is damaged or gone.
+    """
+    store = Store(folder, {})
+    rows = {path: store.read(path) for path in store.asked()}
+    gone = next((path for path, row in rows.items() if row is None), None)
+    require(gone is None, "point", str(gone), "in its place; run the sweep again")
+    return list(rows.values())

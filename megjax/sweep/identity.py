@@ -14,9 +14,10 @@ import numpy as np
 
 from megjax.channel import FADINGS, Fading, find_fading
 from megjax.configs import require
+from megjax.diffusion.samplers import SAMPLERS
 from megjax.power import POLICIES, Policy, find_policy
 from megjax.registry import Registry
-from megjax.system import SCHEMES, find_scheme
+from megjax.system import SCHEMES, Scheme
 
 
 def digest(values: Any) -> str:
@@ -53,7 +54,9 @@ def _made(factory: Any) -> Any:
 def sweep_fading(name: str) -> Fading:
     """The law of a name or import path; ValueError naming what is wrong with it."""
     registered = name.partition(":")[0] in FADINGS or ":" not in name
-    return find_fading(name, "fadings") if registered else load_object(name, "fadings", "sample")
+    return (
+        find_fading(name, "fadings", ", or module:attribute") if registered else load_object(name, "fadings", "sample")
+    )
 
 
 def sweep_policy(name: str) -> str | Policy:
@@ -70,15 +73,12 @@ def part_identity(registry: Registry, name: str, value: Any) -> list[Any]:
     """What tells a part of this name from another: its version and its arrays, or its module's text and attributes.
 
     `value` is the part as it was made. The text stands in where the part declares no version, as users' own may not;
-    what its module imports from elsewhere is not looked at.
+    what its module imports from elsewhere is not looked at. ValueError if there is neither version nor text.
     """
     plain = name.partition(":")[0]
     if plain not in registry:
         return [name, object_digest(name, value)]
-    part = registry.find(plain)
-    # A class that extends another one's part does not inherit its version.
-    version = vars(part).get("version")
-    return [name, _module_digest(_module_of(part)) if version is None else version, array_digest(value)]
+    return [name, registry.version_of(plain), array_digest(value)]
 
 
 def object_digest(path: str, value: Any) -> str:
@@ -86,17 +86,16 @@ def object_digest(path: str, value: Any) -> str:
     return digest([_module_digest(path.partition(":")[0]), _state(value, ())])
 
 
-def scheme_identity(name: str) -> list[Any]:
+def scheme_identity(name: str, scheme: Scheme) -> list[Any]:
     """What tells a scheme from another, its options being part of its name."""
-    return part_identity(SCHEMES, name, find_scheme(name).weights())
+    sampler = getattr(scheme, "device_sampler", None)
+    device = [] if sampler is None else [sampler_identity(sampler)]
+    return part_identity(SCHEMES, name, scheme.weights()) + device
 
 
-def _module_of(part: Any) -> str:
-    """Name of the module that defines a registered part: a class, or a record with a function."""
-    if inspect.isclass(part):
-        return part.__module__
-    functions = (value for value in vars(part).values() if inspect.isroutine(value) or inspect.isclass(value))
-    return next(functions).__module__
+def sampler_identity(name: str) -> str:
+    """Name and version of a sampler."""
+    return f"{name} {SAMPLERS.version_of(name)}"
 
 
 def _module_digest(module: str) -> str:

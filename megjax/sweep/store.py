@@ -82,6 +82,17 @@ class Store:
             raise ValueError(f"{path} is damaged ({reason}); delete it to measure it anew") from None
         return _current(row)
 
+    def asked(self) -> list[Path]:
+        """Files of the points behind the table; ValueError without a table, or for a damaged one."""
+        path = self.folder / RESULTS
+        require(path.is_file(), "results folder", str(self.folder), "one in which a sweep has finished")
+        try:
+            names = read_parquet(path).column("file").to_pylist()
+        except (pa.ArrowException, OSError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} is damaged ({reason}); run the sweep again") from None
+        return [self.folder / POINTS / name for name in dict.fromkeys(names)]
+
     def write(self, path: Path, row: dict[str, Any]) -> None:
         """Write one row in one step; ValueError if the disk does not take it, and nothing is left of it then."""
         _write(pa.Table.from_pylist([row]), path)
@@ -114,7 +125,7 @@ def table_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
 def _current(row: dict[str, Any]) -> dict[str, Any]:
     """A row without the columns of metrics that have another version now."""
     known = json.loads(row.get(VERSIONS) or "{}")
-    old = [metric.name for metric in METRICS if metric.name in known and known[metric.name] != metric.version]
+    old = [name for name in METRICS.names if name in known and known[name] != METRICS.version_of(name)]
     dropped = {f"{metric}{end}" for metric in old for end in ("", "_low", "_high", "_values", "_error")}
     return {name: value for name, value in row.items() if name not in dropped}
 

@@ -22,7 +22,8 @@ def summarise(found: dict[str, np.ndarray], bench: Bench) -> dict[str, Any]:
     for metric in METRICS:
         if metric.collected in found:
             row |= metric.reduce(metric.name, found[metric.collected], bench)
-    row[VERSIONS] = json.dumps({metric.name: metric.version for metric in METRICS if metric.collected in found})
+    measured = (metric.name for metric in METRICS if metric.collected in found)
+    row[VERSIONS] = json.dumps({name: METRICS.version_of(name) for name in measured})
     if "pictures" in found:
         row["pictures"] = [encode_png(picture) for picture in found["pictures"][:, 0]]
         row["server_pictures"] = [encode_png(picture) for picture in bench.images[: len(row["pictures"])]]

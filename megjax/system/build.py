@@ -106,6 +106,8 @@ def make_simulator(
         fits = parts.learned.latent_shape == parts.latent_shape
         require(fits, "codec's latent shape", parts.learned.latent_shape, f"the model's, {parts.latent_shape}")
     link, parameters = scheme.build(parts, scheme.fit(parts) if fitted is None else fitted)
+    agreed = link.result == scheme.result
+    require(agreed, f"result of the link of {scheme.name!r}", link.result, f"its scheme's, {scheme.result!r}")
     found = _policy(policy, fading, config)
     if not isinstance(weights, BlockWeights):
         asked = scheme.sends_seed and found is not None and not isinstance(found, EqualPower)

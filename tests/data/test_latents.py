@@ -67,7 +67,7 @@ def test_identity_of_a_shard(model, cached):
         "seed": "3",
         "num_steps": "2",
         "guidance_scale": "3.0",
-        "sampler": "null",
+        "sampler": '["ddim", 1]',
         "prompts": hashlib.sha256(json.dumps(PROMPTS[4:8]).encode()).hexdigest(),
     }
     assert latents.read_identity(latents.shard_path(cached[0], 1)) == expected
@@ -209,7 +209,7 @@ def test_another_model_is_found_out(model, cached, calls):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"seed": 4}, {"num_steps": 3}, {"guidance_scale": 2.0}, {"sampler": "ddim"}, {"shard_size": 3}]
+    "changes", [{"seed": 4}, {"num_steps": 3}, {"guidance_scale": 2.0}, {"sampler": "euler"}, {"shard_size": 3}]
 )
 def test_other_settings_are_named(model, cached, calls, changes):
     names = "prompts, shard_size" if "shard_size" in changes else next(iter(changes))

@@ -27,6 +27,8 @@ from megjax.diffusion.tokenization import train_tokenizer
 from tests import checks
 from tests.diffusion.published import SD_15
 
+COMPARED = ("ddim", "pndm", "euler", "euler_ancestral", "dpm++")
+"""Samplers whose every setting is compared with diffusers; one that is added brings a test of its own."""
 KINDS = {
     clip.CLIPTextConfig: clip.CLIPTextModel,
     unet.UNetConfig: unet.UNet2DConditionModel,

@@ -8,7 +8,7 @@ import tyro
 
 from eval import sweep as script
 from eval.sweep import PRESETS, QUICK, Arguments, selected
-from megjax.sweep import SweepConfig
+from megjax.sweep import Point, SweepConfig
 
 
 def arguments(*words):
@@ -73,8 +73,8 @@ def test_run_passes_everything_on_and_prints_the_table(monkeypatch, tmp_path, ca
         calls.append((config, folder, options))
         rows = [{"scheme": scheme, "mode": "equal_power", "snr_db": 5.0, "nmse": nmse, "num_symbols": 1024.0}
                 for scheme, nmse in (("seed", 0.25), ("latent", None))]  # fmt: skip
-        lists = dict.fromkeys(("fading", "rate", "policy", "device_steps", "server_steps"), 1)
-        return pd.DataFrame([row | lists for row in rows])
+        lists = {field.name: 1 for field in dataclasses.fields(Point)}
+        return pd.DataFrame([lists | row for row in rows])
 
     monkeypatch.setattr(script, "run_sweep", run_sweep)
     words = ("--output", str(tmp_path / "out"), "--batch", "7", "--latents", str(tmp_path), "--num-images", "9")

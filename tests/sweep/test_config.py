@@ -102,7 +102,7 @@ def test_bad_settings_are_one_clear_line(change, message):
     ("name", "message"),
     [
         ("rice", "fadings is 'rice'; it must be among rayleigh, awgn, rician:K in dB"),
-        ("rician", "fadings is 'rician'; after the colon comes the K in dB"),
+        ("rician", "fadings is 'rician'; it must be rician:NUMBER, the K in dB"),
         ("rician:x", "fadings is 'rician:x'; after the colon comes the K in dB .*'x'"),
         ("nakagami:0.1", "fadings is 'nakagami:0.1'; after the colon comes the m .*0.5 or more"),
         ("rayleigh:3", "fadings is 'rayleigh:3'; it must be rayleigh alone"),

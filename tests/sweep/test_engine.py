@@ -260,7 +260,7 @@ def test_folders_that_cannot_be_used(sweep, tmp_path):
             sweep(folder)
         assert "\n" not in str(error.value)
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match="results folder is .*; it must be one that a sweep wrote"):
+        with pytest.raises(ValueError, match="results folder is .*; it must be one in which a sweep has finished"):
             read_points(folder)
 
 
@@ -290,7 +290,7 @@ def test_settings_on_disk_are_what_points_share(result, config):
     found = json.loads((result[1] / "sweep.json").read_text())
     assert {name: found[name] for name in config.shared()} == config.shared()
     (name,) = found["sources"]
-    assert name == f"{config.models[0]}-0" and set(found["sources"][name]) == {"model", "codec", "prompts"}
+    assert name == f"{config.models[0]}-0" and set(found["sources"][name]) == {"model", "codec", "prompts", "sampler"}
 
 
 def test_the_limit_is_that_of_the_codec(sweep, config, tmp_path):

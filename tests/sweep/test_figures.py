@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from eval import costs, figures, power_tables
+from eval.figure_plots import image_metrics
 from eval.figure_tables import difference
 from megjax.codec import SeedCodec
+from megjax.metrics import METRICS
 from megjax.power.recipe import PRESETS, train_power
 from megjax.sweep import read_points
 from megjax.system import Resources
@@ -54,6 +56,12 @@ def test_the_page_shows_every_picture(page):
         pixels = np.asarray(Image.open(folder / name).convert("RGB"))
         assert pixels.std() > 10
     assert "nan" not in text
+
+
+def test_pictures_have_panels_of_the_metrics_that_the_paper_shows():
+    measured = pd.DataFrame({metric.name + end: [0.0] for metric in METRICS for end in ("", "_low", "_high")})
+    shown = [metric.name for metric in image_metrics(measured) if metric.panel]
+    assert {"psnr_db", "frechet", "fid", "caption_accuracy"} <= set(shown)
 
 
 def test_numbers_on_the_page_are_those_of_the_sweep(page, sweeps):

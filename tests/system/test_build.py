@@ -62,6 +62,9 @@ def test_what_is_measured_where_nobody_says(codec, make):
     at_zero = [float(errors.at(level, jnp.zeros(16))) for level in (levels[0], levels[-1])]
     np.testing.assert_allclose(at_zero, coefficients[[0, -1]].sum(1), rtol=1e-5)
     assert make().params["weights"] is None
+    table = make("centralized-coded", fitted=None).params["codec"]  # of the images of the validation latents
+    np.testing.assert_allclose(table.snr_db, levels)
+    assert table.mean_image.shape == (16, 16, 3)
 
 
 class Nothing:
@@ -92,7 +95,7 @@ class Nothing:
         ({"scheme": "split", "num_blocks": 33}, "num_blocks is 33"),
         ({"mapping": "random"}, "mapping is 'random'"),
         ({"scheme": "centralized-qam", "modulation": "8psk"}, "modulation is '8psk'"),
-        ({"scheme": "centralized-coded", "fitted": None}, "fitted is None.*fit_image_codec"),
+        ({"scheme": "centralized-coded", "fitted": None, "codec": None}, "codec of scheme.*None.*fit_image_codec"),
         ({"scheme": "split", "device_steps": 0}, "device_steps is 0"),
         ({"scheme": "split", "server_steps": 3}, "server_steps is 3.*from 1 to 2"),
         ({"scheme": "prompt", "device_steps": 0}, "device_steps is 0"),

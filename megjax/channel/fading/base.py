@@ -50,16 +50,20 @@ class FadingLaw(Record):
 FADINGS: Registry[FadingLaw] = Registry("fading law", "megjax.channel.fading", "megjax.fadings")
 
 
-def find_fading(name: str, setting: str = "fading") -> Fading:
-    """The law of a name such as "rayleigh" or "rician:6"; ValueError naming the setting and what is wrong with it."""
-    plain, colon, number = name.partition(":")
+def find_fading(name: str, setting: str = "fading", others: str = "") -> Fading:
+    """The law of a name such as "rayleigh" or "rician:6"; ValueError naming the setting and what is wrong with it.
+
+    `others` is what its message names as allowed besides the laws.
+    """
+    plain, colon, number = name.partition(":") if isinstance(name, str) else (name, "", "")
     if plain not in FADINGS:
         known = ", ".join(law.name + (f":{law.parameter}" if law.parameter else "") for law in FADINGS)
-        require(False, setting, name, f"among {known}, or module:attribute")
+        require(False, setting, name, f"among {known}{others}")
     law = FADINGS.find(plain)
     if law.parameter is None:
         require(not colon, setting, name, f"{plain} alone, it has no parameter")
         return law.make()
+    require(bool(number), setting, name, f"{plain}:NUMBER, the {law.parameter}")
     try:
         return law.make(float(number))
     except ValueError as error:

@@ -1,6 +1,6 @@
 """Schemes, each beside the link that it builds; `SCHEMES` lists them."""
 
-from megjax.system.schemes.analog import AnalogLink, Centralized, Latent, LatentWiener, Seed, SeedKLT
+from megjax.system.schemes.analog import AnalogLink, Centralized, Latent, LatentDenoiser, LatentWiener, Seed, SeedKLT
 from megjax.system.schemes.base import (
     NUM_BLOCKS,
     SCHEMES,
@@ -11,8 +11,10 @@ from megjax.system.schemes.base import (
     find_scheme,
     latent_moments,
     latent_symbols,
+    split_name,
 )
 from megjax.system.schemes.coded import CentralizedCoded, CodedImageLink, ImageCodecTable, fit_image_codec
+from megjax.system.schemes.digital import DigitalLink, SeedDigital
 from megjax.system.schemes.opta import OPTA, OPTALink
 from megjax.system.schemes.prompt import Prompt, PromptLink
 from megjax.system.schemes.qam import CentralizedQAM, QAMLink
@@ -25,8 +27,10 @@ __all__ = [
     "CentralizedCoded",
     "CentralizedQAM",
     "CodedImageLink",
+    "DigitalLink",
     "ImageCodecTable",
     "Latent",
+    "LatentDenoiser",
     "LatentWiener",
     "NUM_BLOCKS",
     "OPTA",
@@ -38,6 +42,7 @@ __all__ = [
     "SCHEMES",
     "Scheme",
     "Seed",
+    "SeedDigital",
     "SeedErrors",
     "SeedKLT",
     "SeedSplit",
@@ -53,4 +58,5 @@ __all__ = [
     "fit_seed_errors",
     "latent_moments",
     "latent_symbols",
+    "split_name",
 ]

@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, get_type_hints
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from flax import nnx
@@ -17,7 +18,7 @@ from megjax.diffusion.pipeline import StableDiffusion
 from megjax.diffusion.samplers import Sampler
 from megjax.keys import from_seed
 from megjax.registry import Registry
-from megjax.system.protocol import Link
+from megjax.system.protocol import RESULTS, Link
 from megjax.system.source import SourceStatistics
 
 NUM_BLOCKS = 16
@@ -125,38 +126,76 @@ class Scheme:
         return tuple(field.name for field in dataclasses.fields(cls))
 
 
-SCHEMES: Registry[type[Scheme]] = Registry("scheme", "megjax.system.schemes", "megjax.schemes")
+def _check(scheme: type[Scheme]) -> None:
+    """ValueError for a class that is no scheme."""
+    known = isinstance(scheme, type) and issubclass(scheme, Scheme)
+    require(known, "scheme", scheme, "a class that extends megjax.system.Scheme")
+    # Without the decorator its own fields are no options.
+    decorated = "__dataclass_params__" in vars(scheme)
+    require(decorated, "scheme", scheme.__name__, "a frozen dataclass before it is registered")
+    require(scheme.result in RESULTS, f"result of scheme {scheme.name!r}", scheme.result, f"one of {RESULTS}")
+
+
+SCHEMES: Registry[type[Scheme]] = Registry("scheme", "megjax.system.schemes", "megjax.schemes", _check)
 
 
 def find_scheme(scheme: str | Scheme, setting: str = "scheme", defaults: Mapping[str, Any] | None = None) -> Scheme:
     """A scheme from its name, or from its name and options, as in "seed:rate=2,mapping=interleaved".
 
     Of the `defaults` it takes those that are its options and not given. ValueError naming the setting for an unknown
-    name or option, or a value of another type.
+    name or option, an option that is given twice or not at all though it has no default, or a value of another type.
     """
     if isinstance(scheme, Scheme):
         return scheme
-    require(isinstance(scheme, str), setting, scheme, f"a Scheme or one of {', '.join(SCHEMES.names)}")
-    name, colon, text = scheme.partition(":")
-    kind = SCHEMES.find(name, setting)
+    kind, given = split_name(scheme, setting)
     values = {option: value for option, value in (defaults or {}).items() if option in kind.options()}
-    for item in text.split(",") if colon else ():
-        option, _, value = item.partition("=")
-        allowed = f"{name} with options of {', '.join(kind.options()) or 'none'}"
-        require(option in kind.options(), setting, scheme, allowed)
-        values[option] = _parsed(value, get_type_hints(kind)[option], f"{setting} {name!r}: {option}")
+    hints = get_type_hints(kind)
+    for option, text in given.items():
+        values[option] = _parsed(text, hints[option], f"{setting} {kind.name!r}: {option}")
+    needed = (field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING)
+    absent = ", ".join(option for option in needed if option not in values)
+    require(not absent, setting, scheme, f"given with options, as in {kind.name}:OPTION=VALUE; missing: {absent}")
     return kind(**values)
 
 
-def _parsed(text: str, kind: Any, name: str) -> Any:
-    """An option's value from its text."""
-    kinds = {int: "an integer", float: "a number", int | None: "an integer"}
-    if kind not in kinds:
+def split_name(scheme: str, setting: str = "scheme") -> tuple[type[Scheme], dict[str, str]]:
+    """The class of a scheme's name, and the options that follow it as text; ValueError as `find_scheme`."""
+    require(isinstance(scheme, str), setting, scheme, f"a Scheme or one of {', '.join(SCHEMES.names)}")
+    name, colon, text = scheme.partition(":")
+    kind, given = SCHEMES.find(name, setting), {}
+    for item in text.split(",") if colon else ():
+        option, equals, value = item.partition("=")
+        allowed = f"{name} with options of {', '.join(kind.options()) or 'none'}, each once, as OPTION=VALUE"
+        require(option in kind.options() and bool(equals) and option not in given, setting, scheme, allowed)
+        given[option] = value
+    return kind, given
+
+
+def _parsed(text: str, hint: Any, name: str) -> Any:
+    """An option's value from its text, of a scalar type or a `Literal`, or None where that is allowed."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else (hint,)
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    (kind, *more) = (kind for kind in kinds if kind is not type(None))
+    readable = not more and (kind in _READERS or get_origin(kind) is Literal)
+    require(readable, f"type of {name}", hint, "bool, int, float, str or a Literal of texts to be given in a name")
+    if get_origin(kind) is Literal:
+        require(text in get_args(kind), name, text, f"one of {get_args(kind)}")
         return text
+    read, what = _READERS[kind]
     try:
-        return float(text) if kind is float else int(text)
-    except ValueError:
-        require(False, name, text, kinds[kind])
+        return read(text)
+    except (KeyError, ValueError):
+        require(False, name, text, what)
+
+
+_READERS: dict[type, tuple[Callable[[str], Any], str]] = {
+    bool: (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
+    int: (int, "an integer"),
+    float: (float, "a number"),
+    str: (str, "a text"),
+}
+"""How options are read from text, by type, and what a text must be."""
 
 
 def latent_symbols(latent_shape: tuple[int, ...]) -> int:

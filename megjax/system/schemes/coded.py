@@ -17,7 +17,7 @@ from megjax.keys import threefry
 from megjax.numerics import squared_magnitude
 from megjax.power.problem import check_num_blocks
 from megjax.system.protocol import Code, Link, Source, mean_power
-from megjax.system.schemes.base import SCHEMES, Parts, Scheme
+from megjax.system.schemes.base import SCHEMES, WEIGHT_GRID_DB, Parts, Scheme
 from megjax.units import check_snr_db, db_to_linear, linear_to_db
 
 OPTIONS = (
@@ -27,6 +27,8 @@ OPTIONS = (
 """Image codecs and their qualities, of which each SNR has the best one."""
 _RATES = np.geomspace(0.02, 12.0, 60)
 """Spectral efficiencies R in bits per symbol to choose from."""
+DECODED_AT_ONCE = 50
+"""Validation latents whose images are decoded at a time."""
 _GRID_DB = np.arange(-50.0, 45.01, 0.5)
 _WEBP_KNOWN = 7
 """Bytes of a VP8 key frame's header that both ends know: start code, width and height (RFC 6386, section 9.1)."""
@@ -232,10 +234,18 @@ class CentralizedCoded(Scheme):
         """None: each image has its own."""
 
     def fit(self, parts: Parts) -> ImageCodecTable:
-        """The choices at the SNRs that will be asked for, on the training pictures."""
-        known = parts.training_images is not None
-        require(known, "fitted", None, f"given for scheme {self.name!r}, by fit_image_codec")
-        images, levels = parts.training_images(), parts.snr_db
+        """The choices at the SNRs that will be asked for, or from -15 to 35 dB, on the training pictures.
+
+        Where there are none, the images of the codec's validation latents stand in.
+        """
+        if parts.training_images is not None:
+            images = parts.training_images()
+        else:
+            latents = None if parts.learned is None else parts.learned.validation
+            allowed = "a SeedCodec with validation latents, or give `fitted`, made by fit_image_codec"
+            require(latents is not None, f"codec of scheme {self.name!r}", parts.codec, allowed)
+            images = np.asarray(parts.pipe.decode(latents, DECODED_AT_ONCE))
+        levels = parts.snr_db or WEIGHT_GRID_DB
         return fit_image_codec(parts.key, images, parts.fading, levels, parts.energy, parts.num_blocks)
 
     def build(self, parts: Parts, fitted: ImageCodecTable) -> tuple[Link, Any]:
