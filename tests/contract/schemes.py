@@ -123,6 +123,7 @@ PARTS = (
     *(
         Part("scheme", scheme.name, functools.partial(scheme_rows, scheme.name), True, str(scheme.version))
         for scheme in SCHEMES
+        if scheme.version is not None
     ),
     *(Part("scheme", f"seed-{name}", functools.partial(policy_rows, name), slow=True) for name in SWEPT_POLICIES),
     *(Part("scheme", f"seed-{name}", functools.partial(fading_rows, name), slow=True) for name in FADINGS),

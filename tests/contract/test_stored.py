@@ -16,6 +16,11 @@ import re
 import numpy as np
 import pytest
 
+from megjax.channel import FADINGS
+from megjax.diffusion.samplers import SAMPLERS
+from megjax.metrics import METRICS
+from megjax.power import POLICIES
+from megjax.system import SCHEMES
 from tests.contract import parts, schemes, stored
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -37,6 +42,11 @@ def check(part):
 @pytest.mark.parametrize("part", as_parameters(parts.PARTS))
 def test_outputs(part):
     check(part)
+
+
+def test_all_parts_of_megjax_declare_a_version():
+    for registry in (FADINGS, METRICS, POLICIES, SAMPLERS, SCHEMES):
+        assert [part.name for part in registry if vars(part).get("version") is None] == []
 
 
 def test_nothing_else_is_stored():
