@@ -97,8 +97,13 @@ def test_many_steps_recover_the_variance(sampler, bound):
 def test_levels_may_be_traced_and_differ():
     levels = jnp.asarray([0.05, 0.5, 0.97, 0.9999, 1.0])
     x = noisy(0.5, len(levels))
-    run = lambda x, level: refine(perfect("epsilon"), CONFIGS["epsilon"], x, level, 4)  # noqa: E731
-    alone = lambda x, level: run(x[None], level[None])[0]  # noqa: E731
+
+    def run(x, level):
+        return refine(perfect("epsilon"), CONFIGS["epsilon"], x, level, 4)
+
+    def alone(x, level):
+        return run(x[None], level[None])[0]
+
     together, mapped = jax.jit(lambda *args: (run(*args), jax.vmap(alone)(*args)))(x, levels)
     np.testing.assert_allclose(together, mapped, atol=1e-5)
     # Where nothing is noise there is nothing to remove.
@@ -122,7 +127,10 @@ def test_the_model_sees_falling_timesteps_from_that_of_the_level():
 @pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral", "dpm++"])
 def test_gradients_flow_through_the_level(sampler):
     x, key = noisy(0.5, 2), jax.random.key(0)
-    loss = lambda level: jnp.sum(refine(perfect("epsilon"), CONFIGS["epsilon"], x, level, 3, sampler, key))  # noqa: E731
+
+    def loss(level):
+        return jnp.sum(refine(perfect("epsilon"), CONFIGS["epsilon"], x, level, 3, sampler, key))
+
     gradient = np.asarray(jax.jit(jax.grad(loss))(jnp.asarray([0.4, 0.6])))
     assert np.all(np.isfinite(gradient)) and np.all(gradient != 0)
 

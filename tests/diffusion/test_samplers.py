@@ -323,7 +323,10 @@ def test_jit_gradient_and_dtype(name):
     @jax.jit
     def run(sampler, x, noise, key):
         traces.append(None)
-        result = lambda x, noise: denoise(model, sampler, x, noise=noise)[0]  # noqa: E731
+
+        def result(x, noise):
+            return denoise(model, sampler, x, noise=noise)[0]
+
         half, _ = denoise(lambda x, t: model(x, t).astype(jnp.bfloat16), sampler, x, key=key)
         gradient = jax.grad(lambda x: result(x, noise).sum())(x)
         return half, gradient, jax.vmap(result, (0, 1))(x, noise), result(x, noise)

@@ -84,7 +84,10 @@ def test_the_sampler_of_the_documentation_is_that_of_diffusers(heun, settings, n
     assert config.sampler == "heun"
     sampler = make_sampler(config, "heun", num_steps)
     np.testing.assert_allclose(sampler.timesteps, reference.timesteps, atol=2e-3)
-    model = lambda x, t: jnp.tanh(0.7 * x + 0.3 * t / 1000 - 0.1)  # noqa: E731
+
+    def model(x, t):
+        return jnp.tanh(0.7 * x + 0.3 * t / 1000 - 0.1)
+
     found = jax.jit(lambda sampler, x: denoise(model, sampler, scale_initial(sampler, x))[0])(sampler, noise)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
@@ -110,7 +113,10 @@ def test_weights_alone_make_a_sampler_that_starts_anywhere(lazy):
     sampler = make_sampler(config, "lazy", 10)
     np.testing.assert_allclose(2 * sampler.output_weights[:, 1], make_sampler(config, "ddim", 10).output_weights[:, 1])
     x = jnp.ones((1, 2, 2, 1))
-    run = lambda name: refine(lambda x, t: 0.5 * x, config, x, jnp.full(1, 0.5), 2, name)  # noqa: E731
+
+    def run(name):
+        return refine(lambda x, t: 0.5 * x, config, x, jnp.full(1, 0.5), 2, name)
+
     found, plain = jax.jit(lambda: (run("lazy"), run("ddim")))()
     assert np.all(np.isfinite(found)) and np.all(found < plain)
     with pytest.raises(ValueError, match=r"share=2.0 is not supported; it must be 0.5 or 1.0"):

@@ -22,7 +22,10 @@ def test_gradients_are_those_of_central_differences(unchecked, make, source):
     state = params["codec"].state
     trained, constants = nnx.split_state(state, nnx.Param, ...)
     rng = np.random.default_rng(1)
-    draw = lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32)  # noqa: E731
+
+    def draw(x):
+        return jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
+
     # Moved away from the start, where half of the network has no gradient because its outputs are zero.
     trained = jax.tree.map(lambda x: x + 0.1 * draw(x), trained)
 
@@ -69,15 +72,19 @@ def test_gradients_of_links_are_those_of_central_differences(unchecked, make, so
         snr_db, power, size = point
         gains = jax.lax.complex(size * jnp.cos(jnp.arange(16.0)), size * jnp.sin(jnp.arange(16.0)))
         code = link.code(params, source, snr_db, None)
-        send = lambda key, payload: link.transmit(  # noqa: E731
-            params, key, payload, code.shared, gains, power, db_to_linear(-snr_db)
-        )
+
+        def send(key, payload):
+            return link.transmit(params, key, payload, code.shared, gains, power, db_to_linear(-snr_db))
+
         decoded = link.decode(params, jax.vmap(send)(keys, code.payload), code.shared)
         latents, level = (decoded.latents, decoded.alpha_bar) if link.result == "noisy" else (decoded, jnp.zeros(1))
         return jnp.mean(jnp.square(latents - wanted)) + jnp.mean(level)
 
     rng = np.random.default_rng(6)
-    draw = lambda low, high: jnp.asarray(rng.uniform(low, high, 16), jnp.float32)  # noqa: E731
+
+    def draw(low, high):
+        return jnp.asarray(rng.uniform(low, high, 16), jnp.float32)
+
     point = jnp.float32(4.0), draw(0.5, 1.5), draw(0.4, 1.6)
     _, slopes = loss(point)
     for i, name in enumerate(("snr_db", "power", "gains")):

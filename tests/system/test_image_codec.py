@@ -145,7 +145,10 @@ def test_fit_keeps_to_the_symbols_and_prefers_quality(images):
 def test_the_codec_runs_in_mapped_programs(images):
     table, values = a_table([0.5, 0.7, 1.0], [3, 12, 5]), jnp.asarray(images[:3])
     source = Source(jnp.zeros((3, 4, 4, 4)), values, jnp.zeros((3, 4, 4, 4)))
-    run = lambda snr_db: CodedImageLink((16, 16, 3)).code(table, source, snr_db, None)  # noqa: E731
+
+    def run(snr_db):
+        return CodedImageLink((16, 16, 3)).code(table, source, snr_db, None)
+
     together = jax.jit(jax.vmap(run))(jnp.asarray([0.0, 12.0]))
     for i, option in enumerate((3, 12)):
         sizes, decoded = compress(values, *OPTIONS[option])

@@ -123,7 +123,9 @@ def powers(symbols):
 @pytest.mark.parametrize("scheme", ["seed", "seed-klt", "latent"])
 def test_analog_symbols_have_unit_power_in_every_block(make, latents, scheme):
     simulator = make(scheme)
-    pack = lambda arguments, values: link.pack_code(values, *arguments)  # noqa: E731
+
+    def pack(arguments, values):
+        return link.pack_code(values, *arguments)
 
     @jax.jit
     def symbols(params, source):
@@ -231,7 +233,10 @@ def test_spread_symbols_have_unit_power_in_every_block(latents):
     values = np.asarray(latents).reshape(len(latents), -1)
     values = values - values.mean(0)
     values = jnp.asarray(values / values.std())
-    one = lambda key, v: to_blocks(spread(v, jax.random.rademacher(key, (32,), jnp.float32)), BLOCKS)  # noqa: E731
+
+    def one(key, v):
+        return to_blocks(spread(v, jax.random.rademacher(key, (32,), jnp.float32)), BLOCKS)
+
     symbols = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(5), len(values)), values)
     within_standard_error(powers(symbols), 1.0, axis=0)
 
@@ -242,7 +247,10 @@ def test_bundled_latents_have_unit_power_when_spread():
     mean, std = latent_moments(codec, SourceStatistics())
     values = (jnp.asarray(codec.validation) - mean[None, None, None]) / np.sqrt(np.mean(np.square(std)))
     values = jnp.repeat(values.reshape(len(values), -1), 8, axis=0)
-    one = lambda key, v: to_blocks(spread(v, jax.random.rademacher(key, (128,), jnp.float32)), BLOCKS)  # noqa: E731
+
+    def one(key, v):
+        return to_blocks(spread(v, jax.random.rademacher(key, (128,), jnp.float32)), BLOCKS)
+
     found = powers(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(7), len(values)), values))
     within_standard_error(found.reshape(-1, 8, BLOCKS).mean(1), 1.0, axis=0)
 
