@@ -82,7 +82,7 @@ def rows_of(sweeps: dict[Path, SweepConfig]) -> tuple[list[Row], dict[Point, dic
 
 
 def _place(row: dict[str, Any]) -> tuple:
-    """What tells a point of a sweep from its others."""
+    """Values of a point's row in a sweep that no other point of the sweep shares together, for looking it up."""
     names = [field.name for field in dataclasses.fields(SweepPoint) if field.name != "peak_power"]
     return tuple(row[name] for name in names)
 

@@ -82,7 +82,7 @@ FADING = RayleighFading()
 
 
 class Received(NamedTuple):
-    """What devices show, at every SNR."""
+    """Images that devices show of the prompts, by one scheme at every SNR, and the symbols sent for each."""
 
     images: Float[Array, "s b H W 3"]
     num_symbols: Float[Array, "s b"]
@@ -90,7 +90,7 @@ class Received(NamedTuple):
 
 
 def receive(sources: dict, params: dict, key, latents, ids, snr_db, guidance: float) -> tuple:
-    """The server's images and those on the device by scheme, [s b H W 3].
+    """The server's images [b H W 3], and what devices have received of them, by scheme.
 
     Image i sees the same gains under every scheme and SNR.
     """

@@ -19,7 +19,7 @@ UNITS = {"vae_psnr_db": ("dB", 1.0), "scenenet_frechet_distance": ("", 1.0)}
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to measure."""
+    """Options of `eval.quality`: the model, its sampling, and the file of the figures."""
 
     model: str = "scenes"
     """"scenes" (bundled) or a folder written by train.ldm."""

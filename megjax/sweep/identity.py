@@ -53,10 +53,9 @@ def _made(factory: Any) -> Any:
 
 def sweep_fading(name: str) -> Fading:
     """The law of a name or import path; ValueError naming what is wrong with it."""
-    registered = name.partition(":")[0] in FADINGS or ":" not in name
-    return (
-        find_fading(name, "fadings", ", or module:attribute") if registered else load_object(name, "fadings", "sample")
-    )
+    if name.partition(":")[0] in FADINGS or ":" not in name:
+        return find_fading(name, "fadings", ", or module:attribute")
+    return load_object(name, "fadings", "sample")
 
 
 def sweep_policy(name: str) -> str | Policy:

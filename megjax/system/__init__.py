@@ -54,8 +54,8 @@ __all__ = [
     "CentralizedQAM",
     "Code",
     "CodedImageLink",
-    "DigitalLink",
     "Delivery",
+    "DigitalLink",
     "ImageCodecTable",
     "Latent",
     "LatentDenoiser",
@@ -101,7 +101,6 @@ __all__ = [
     "image_quality",
     "latent_moments",
     "latent_symbols",
-    "split_name",
     "make_simulator",
     "measure_work",
     "measured_weights",
@@ -110,4 +109,5 @@ __all__ = [
     "scheme_cost",
     "send_latents",
     "simulate",
+    "split_name",
 ]
